@@ -1,0 +1,47 @@
+"""From options and a budget to a choice: one option for every layer, so that the damage is least and the limits hold.
+
+- `ALLOCATORS`: all allocators by name; each is ``(table, limits, *, seed=0, **settings) -> Allocation``.
+- `integer`: exact, by an integer program. `lagrangian`, `greedy`: fast and nearly exact. `evolution`: for damages that
+  do not add up. `clusters`: similar layers share a treatment. `uniform`, `one_shot`: baselines.
+- `keep_blocks`: which blocks stay when the lowest-ranked ones go.
+- `pareto`: the trade-off between a resource and the damage. `minimum`: the smallest reachable total.
+- `merge_ties`, `filter_target`: tables for tied layers and for a program that must load the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from layerwright.allocate.clustering import clusters
+from layerwright.allocate.descent import greedy
+from layerwright.allocate.exact import integer
+from layerwright.allocate.frontier import pareto
+from layerwright.allocate.multipliers import lagrangian
+from layerwright.allocate.population import evolution
+from layerwright.allocate.problem import minimum
+from layerwright.allocate.ranking import keep_blocks, one_shot, uniform
+from layerwright.allocate.ties import filter_target, merge_ties
+from layerwright.core.option import Allocation
+from layerwright.core.registry import Registry
+
+__all__ = [
+    "ALLOCATORS",
+    "clusters",
+    "evolution",
+    "filter_target",
+    "greedy",
+    "integer",
+    "keep_blocks",
+    "lagrangian",
+    "merge_ties",
+    "minimum",
+    "one_shot",
+    "pareto",
+    "uniform",
+]
+
+ALLOCATORS: Registry[Callable[..., Allocation]] = Registry("allocator")
+"""Allocators by name."""
+
+for _function in (clusters, evolution, greedy, integer, lagrangian, one_shot, uniform):
+    ALLOCATORS.add(_function.__name__, _function)

@@ -1,0 +1,50 @@
+"""Entry point: run a command, turn errors into one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns (and exits with) 0 done, 1 a study that does not hold, 2 bad input, 130 interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    code = _run(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        sys.exit(code)
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    import click
+
+    from layerwright.cli.app import app
+    from layerwright.core.errors import CheckError
+
+    try:
+        outcome = app(arguments, standalone_mode=False)
+        return outcome if isinstance(outcome, int) else 0
+    except (click.exceptions.Exit, SystemExit) as leave:
+        return int(getattr(leave, "exit_code", getattr(leave, "code", 0)) or 0)
+    except CheckError as error:
+        for problem in error.problems:
+            _complain(problem)
+        return 2
+    except click.ClickException as error:
+        _complain(error.format_message())
+        return 2
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        _complain("interrupted; what was finished is kept: run the same command again to go on")
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("LAYERWRIGHT_TRACEBACK"):
+            raise
+        _complain(str(error) or type(error).__name__)
+        return 2
+
+
+def _complain(message: str) -> None:
+    print(f"layerwright: {' '.join(message.split())}", file=sys.stderr)

@@ -1,0 +1,42 @@
+"""Peak memory of this process."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+__all__ = ["peak_memory_bytes", "reset_peak_memory", "resident_bytes"]
+
+
+def _status(field: str) -> int | None:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size of this process since the last reset, in bytes."""
+    peak = _status("VmHWM")
+    if peak is not None:
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes() -> int:
+    """The resident size of this process now, in bytes; the peak where the system does not say."""
+    return _status("VmRSS") or peak_memory_bytes()
+
+
+def reset_peak_memory() -> bool:
+    """Start the peak again from the resident size of now (Linux); False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    except OSError:
+        return False

@@ -1,0 +1,63 @@
+"""Exact stored bytes of a treated weight: the planner's prediction and the files agree to the byte."""
+
+from __future__ import annotations
+
+from layerwright.core.errors import InputError
+from layerwright.core.treatment import LowRank, Quantize, Sparsify, Treatments
+
+__all__ = ["kept_weights", "packed_bytes", "quantized_bytes", "stored_bytes"]
+
+
+def packed_bytes(rows: int, columns: int, bits: int) -> int:
+    """Bytes of ``(rows, columns)`` codes packed densely along each row into 32-bit words."""
+    return rows * ((columns * bits + 31) // 32) * 4
+
+
+def quantized_bytes(rows: int, columns: int, q: Quantize, scale_bytes: int) -> int:
+    """Bytes of a quantized matrix: codes, one scale per group, one 8-bit zero point per group if asymmetric."""
+    group = columns if q.group_size == -1 else q.group_size
+    if columns % group:
+        raise InputError(f"group_size: {group} does not divide the {columns} inputs; use a divisor, or -1 per channel")
+    groups = rows * (columns // group)
+    codes = rows * columns if q.act_bits else packed_bytes(rows, columns, q.bits)
+    return codes + groups * scale_bytes + (0 if q.symmetric else groups)
+
+
+def kept_weights(rows: int, columns: int, sparsity: float) -> int:
+    """Number of weights that unstructured or 2:4 pruning keeps."""
+    return rows * columns - int(sparsity * rows * columns)
+
+
+def stored_bytes(treatments: Treatments, out: int, in_: int, count: int = 1, element_bytes: int = 2) -> int:
+    """Bytes that `treatments` leave of `count` matrices ``(out, in)`` whose element takes `element_bytes`.
+
+    A sparse matrix is a bit mask (one bit per weight, rows padded to bytes) and its kept values in one flat array;
+    quantized, the values are codes packed into 32-bit words. A low-rank matrix is its two factors ``(out, rank)`` and
+    ``(rank, in)``; quantized, each factor is stored as a quantized matrix, the first one per channel.
+    """
+    quantize = next((t for t in treatments if isinstance(t, Quantize)), None)
+    sparsify = next((t for t in treatments if isinstance(t, Sparsify)), None)
+    low_rank = next((t for t in treatments if isinstance(t, LowRank)), None)
+    if low_rank and sparsify:
+        raise InputError("low_rank and sparsify cannot be combined on one layer: choose one")
+    if low_rank:
+        if low_rank.inner >= min(out, in_):
+            raise InputError(f"inner: rank {low_rank.inner} is not below min{(out, in_)}")
+        if quantize is None:
+            return count * low_rank.inner * (out + in_) * element_bytes
+        channel = Quantize(quantize.bits, -1, quantize.symmetric)
+        return count * (
+            quantized_bytes(out, low_rank.inner, channel, element_bytes)
+            + quantized_bytes(low_rank.inner, in_, quantize, element_bytes)
+        )
+    if sparsify:
+        kept = count * kept_weights(out, in_, sparsify.sparsity)
+        mask = count * out * ((in_ + 7) // 8)
+        if quantize is None:
+            return mask + kept * element_bytes
+        dense = quantized_bytes(out, in_, quantize, element_bytes)
+        codes = out * in_ if quantize.act_bits else packed_bytes(out, in_, quantize.bits)
+        return mask + packed_bytes(1, kept, quantize.bits) + count * (dense - codes)
+    if quantize:
+        return count * quantized_bytes(out, in_, quantize, element_bytes)
+    return count * out * in_ * element_bytes

@@ -1,0 +1,167 @@
+"""Everything that can be known before any weight is loaded, all problems together."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from layerwright.core.budget import Budget
+from layerwright.core.checkpoint import Checkpoint
+from layerwright.core.errors import BudgetError, CheckError, InputError
+from layerwright.core.forecast import Forecast
+from layerwright.core.layers import list_layers, saved_tensors, treatable
+from layerwright.core.plan import Plan
+from layerwright.core.target import target as target_named
+from layerwright.data.loading import check_device, locate, torch_dtype
+from layerwright.recipes.bench import read_data
+from layerwright.recipes.book import default_recipe, recipe
+from layerwright.recipes.forecast import forecast_apply
+from layerwright.recipes.table import candidates_for
+from layerwright.score.costs import find_blocks_or_none
+from layerwright.treat.stream import empty_model
+from layerwright.treat.writer import check_folder
+
+__all__ = ["check_job"]
+
+_KNOWN = (ValueError, TypeError, OSError, ImportError)
+
+
+def check_job(
+    model: str | Path,
+    budget: str,
+    recipe_name: str | Path | None = None,
+    *,
+    target: str = "layerwright",
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    samples: int = 128,
+    length: int = 256,
+    device: str = "cpu",
+    dtype: str = "auto",
+    force: bool = False,
+) -> Forecast:
+    """Check names, paths, headers, sizes, budget, data, disk and memory, and forecast the run.
+
+    Raises:
+        CheckError: every problem that was found, one line each.
+    """
+    problems: list[str] = []
+
+    def attempt(action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except CheckError as error:
+            problems.extend(error.problems)
+        except _KNOWN as error:
+            problems.append(str(error))
+        return None
+
+    limits = attempt(lambda: Budget.parse(budget))
+    chosen = attempt(lambda: recipe(recipe_name) if recipe_name else default_recipe(limits) if limits else None)
+    goal = attempt(lambda: target_named(target))
+    attempt(lambda: torch_dtype(dtype))
+    attempt(lambda: check_device(device))
+    if out is not None:
+        attempt(lambda: check_folder(out, force=force))
+    source = attempt(lambda: locate(model))
+    if source is None:
+        raise CheckError(problems)
+    checkpoint = attempt(lambda: Checkpoint.open(source.folder))
+    split = attempt(lambda: read_data(source, data, samples=samples, length=length))
+    skeleton = attempt(lambda: empty_model(source.folder)) if checkpoint else None
+    if skeleton is None or problems or limits is None or chosen is None or goal is None:
+        raise CheckError(problems)
+    if source.structure:
+        raise CheckError([f"{source.name} is treated already: plan from the original model"])
+    refs = treatable(skeleton, list_layers(skeleton))
+    if not refs:
+        raise CheckError([f"{source.name} has no layer that can be treated"])
+    for need in chosen.needs:
+        attempt(lambda need=need: _require(need, skeleton, chosen.name))
+    if goal.format in ("gguf", "compressed-tensors", "onnx"):
+        attempt(lambda: _require_extra(goal.format))
+    width = next(t.element_size() for n, t in saved_tensors(skeleton) if n == refs[0].parameter)
+    candidates = candidates_for(refs, chosen, goal, width)
+    if not any(candidates.values()) and not chosen.drop_blocks:
+        problems.append(f"recipe {chosen.name} has no treatment that {goal.name} loads and that fits {source.name}")
+    smallest = {
+        ref.path: min(candidates[ref.path], key=lambda t, ref=ref: _size(ref, t, width), default=()) for ref in refs
+    }
+    attempt(lambda: _reachable(limits, skeleton, refs, smallest, width, chosen, checkpoint.total_bytes))
+    plan = Plan(layers={path: t for path, t in smallest.items() if t})
+    forecast = forecast_apply(skeleton, plan, split[0], streamed=False)
+    if out is not None:
+        attempt(lambda: _room(Path(out), forecast.disk_bytes))
+    if forecast.peak_memory_bytes > 1.2 * _memory():
+        problems.append(
+            f"this needs about {forecast.peak_memory_bytes / 1e9:.1f} GB of memory and the machine has "
+            f"{_memory() / 1e9:.1f} GB: plan on a larger one, or apply a plan with `layerwright apply`, which streams"
+        )
+    if problems:
+        raise CheckError(problems)
+    return forecast
+
+
+def _size(ref: Any, treatments: Any, width: int) -> int:
+    from layerwright.core.storage import stored_bytes
+
+    return stored_bytes(treatments, *ref.shape, ref.count, width)
+
+
+def _require(need: str, model: Any, recipe_name: str) -> None:
+    import torch
+
+    batchnorm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    decoder = any(stack.role == "decoder" for stack in find_blocks_or_none(model))
+    holds = {"batchnorm": batchnorm, "decoder": decoder, "blocks": bool(find_blocks_or_none(model))}
+    if not holds.get(need, True):
+        raise InputError(f"recipe {recipe_name} needs a model with {need}, and {type(model).__name__} has none")
+
+
+def _require_extra(form: str) -> None:
+    from layerwright.core.errors import require_extra
+
+    require_extra({"gguf": "gguf", "compressed-tensors": "compressed_tensors", "onnx": "onnxscript"}[form], "export")
+
+
+def _reachable(limits: Budget, model: Any, refs: Any, smallest: Any, width: int, chosen: Any, total: int) -> None:
+    """Refuse a budget of bytes that even the smallest choice cannot meet (blocks that may be dropped aside)."""
+    if chosen.drop_blocks:
+        return
+    from layerwright.recipes.table import uniform_bytes
+
+    planned = sum(ref.numel for ref in refs) * width
+    least = total - planned + sum(_size(ref, smallest[ref.path], width) for ref in refs)
+    for limit in limits:
+        if limit.resource != "bytes":
+            continue
+        if limit.name == "bits":
+            bound = total - planned + uniform_bytes(refs, limit.value, chosen.group_size, width)
+            if least > bound + 0.5:
+                numel = sum(ref.numel for ref in refs)
+                scales = uniform_bytes(refs, 2, chosen.group_size, width) - numel / 4
+                reach = (least - (total - planned) - scales) * 8 / numel
+                raise BudgetError(
+                    f"budget: {limit} cannot be reached with recipe {chosen.name}; the reachable minimum is bits={reach:.2f}"
+                )
+        else:
+            bound = limit.value * total if limit.unit == "relative" else limit.value
+            if least > bound + 0.5:
+                raise BudgetError(
+                    f"budget: {limit} cannot be reached with recipe {chosen.name}; the reachable minimum is "
+                    f"size={least / total:.3f}x ({least / 1e6:.2f} MB)"
+                )
+
+
+def _room(out: Path, needed: float) -> None:
+    folder = next(path for path in [out, *out.absolute().parents] if path.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(f"{out} has {free / 1e6:,.0f} MB free, and the output takes {needed / 1e6:,.0f} MB")
+
+
+def _memory() -> float:
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

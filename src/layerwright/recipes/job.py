@@ -1,0 +1,216 @@
+"""The stages of the main job: scores, table, plan. Each takes and returns values that can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import layerwright.score  # noqa: F401 - fills the registry of scorers
+from layerwright.allocate import ALLOCATORS, filter_target, merge_ties
+from layerwright.core.blocks import Blocks
+from layerwright.core.budget import Budget
+from layerwright.core.cost import Cost
+from layerwright.core.errors import InputError
+from layerwright.core.layer import LayerRef
+from layerwright.core.layers import list_layers, treatable
+from layerwright.core.option import Allocation, OptionTable, Scores
+from layerwright.core.plan import Plan
+from layerwright.core.profile import Profile
+from layerwright.core.recipe import Recipe
+from layerwright.core.target import Target, target
+from layerwright.core.treatment import Quantize, Treatments
+from layerwright.recipes.bench import Bench
+from layerwright.recipes.book import default_recipe, recipe
+from layerwright.recipes.table import (
+    candidates_for,
+    fused_groups,
+    limits_of,
+    option_table,
+    uniform_bytes,
+)
+from layerwright.score.base import SCORERS, Subject
+from layerwright.score.costs import find_blocks_or_none, profile_model
+from layerwright.treat.probe import treat_weights
+
+__all__ = ["Decision", "decide", "element_bytes", "measure_scores", "plan_model", "uniform_layers"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Everything a plan came from."""
+
+    plan: Plan
+    allocation: Allocation
+    table: OptionTable
+    profile: Profile
+    refs: tuple[LayerRef, ...]
+    limits: Mapping[str, float]
+    recipe: Recipe
+    target: Target
+    scores: Mapping[str, Scores] = field(default_factory=dict)
+
+
+def element_bytes(bench: Bench, refs: tuple[LayerRef, ...]) -> int:
+    """Bytes of one untreated weight."""
+    from layerwright.core.layer import get_parameter
+
+    return get_parameter(bench.model, refs[0].parameter).element_size()
+
+
+def measure_scores(
+    bench: Bench,
+    chosen: Recipe,
+    candidates: Mapping[str, tuple[Treatments, ...]],
+    refs: tuple[LayerRef, ...],
+    blocks: tuple[Blocks, ...] = (),
+    *,
+    seed: int = 0,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+    fingerprint: str = "",
+) -> dict[str, Scores]:
+    """The recipe's scores, read from `folder` where they fit model, data and candidates, measured and saved otherwise."""
+    data = bench.calibration.head(chosen.score_samples)
+    found: dict[str, Scores] = {}
+    wanted = {"layers": (chosen.scorer, chosen.scorer_settings)} if any(candidates.values()) else {}
+    if chosen.drop_blocks and blocks:
+        wanted["blocks"] = (chosen.drop_scorer, {})
+    for purpose, (name, settings) in wanted.items():
+        saved = _saved(folder, name, fingerprint, data.fingerprint(), candidates if purpose == "layers" else None)
+        if saved is not None:
+            found[purpose] = saved
+            continue
+        subject = Subject(
+            model=bench.model,
+            calibration=data,
+            layers=refs,
+            candidates=candidates,
+            blocks=[path for stack in blocks for path in stack.names],
+            treat=treat_weights,
+            seed=seed,
+            progress=None
+            if progress is None
+            else lambda done, total, name=name: progress(f"scoring: {name}", done, total),
+        )
+        found[purpose] = SCORERS.get(name)(subject, **settings)
+        if folder is not None:
+            found[purpose].save(folder)
+    return found
+
+
+def _saved(
+    folder: Path | None,
+    name: str,
+    model: str,
+    data: str,
+    candidates: Mapping[str, tuple[Treatments, ...]] | None,
+) -> Scores | None:
+    path = folder / f"{name}.json" if folder is not None else None
+    if path is None or not path.is_file():
+        return None
+    scores = Scores.load(path)
+    if scores.model != model:
+        raise InputError(f"{path} was measured on another model (fingerprint {scores.model}, this one is {model})")
+    if scores.data != data:
+        return None
+    complete = candidates is None or all((p, t) in scores.damages for p, options in candidates.items() for t in options)
+    return scores if complete else None
+
+
+def decide(
+    bench: Bench,
+    budget: str | Budget,
+    chosen: str | Path | Recipe | None = None,
+    *,
+    to: str | Target = "layerwright",
+    seed: int = 0,
+    scores_folder: Path | None = None,
+    progress: Progress | None = None,
+    layers: tuple[LayerRef, ...] | None = None,
+) -> Decision:
+    """Profile, score and allocate: everything up to the plan."""
+    limits = Budget.parse(budget)
+    the_recipe = default_recipe(limits) if chosen is None else recipe(chosen)
+    the_target = target(to)
+    all_refs = list_layers(bench.model)
+    refs = tuple(layers if layers is not None else treatable(bench.model, all_refs))
+    if not refs:
+        raise InputError(f"{bench.name} has no layer that can be treated")
+    width = element_bytes(bench, refs)
+    timing = any(limit.resource == "ms" for limit in limits)
+    profile = profile_model(
+        bench.model, bench.calibration, refs=all_refs, name=bench.name, timing=True, repeats=5 if timing else 2
+    )
+    candidates = candidates_for(refs, the_recipe, the_target, width)
+    groups = fused_groups(refs, the_target)
+    blocks = find_blocks_or_none(bench.model)
+    scores = measure_scores(
+        bench,
+        the_recipe,
+        candidates,
+        refs,
+        blocks,
+        seed=seed,
+        folder=scores_folder,
+        progress=progress,
+        fingerprint=profile.fingerprint,
+    )
+    table = option_table(
+        profile,
+        refs,
+        candidates,
+        scores.get("layers"),
+        element_bytes=width,
+        blocks=blocks,
+        drop_scores=scores.get("blocks"),
+    )
+    if groups:
+        table = merge_ties(table, groups)
+    table = filter_target(table, the_target)
+    bounds = limits_of(limits, table, refs, the_recipe.group_size, width)
+    allocation = ALLOCATORS.get(the_recipe.allocator)(table, bounds, seed=seed, **the_recipe.allocator_settings)
+    plan = Plan.from_allocation(
+        allocation,
+        model={
+            "name": bench.name,
+            "fingerprint": profile.fingerprint,
+            "architecture": type(bench.model).__name__,
+        },
+        budget=str(limits),
+        recipe=the_recipe.name,
+        target=the_target.name,
+        seed=seed,
+        base_loss=profile.loss,
+    )
+    return Decision(plan, allocation, table, profile, refs, bounds, the_recipe, the_target, scores)
+
+
+def plan_model(bench: Bench, budget: str | Budget, chosen: str | Recipe | None = None, **settings: Any) -> Plan:
+    """The plan alone; see `decide`."""
+    return decide(bench, budget, chosen, **settings).plan
+
+
+def uniform_layers(
+    refs: tuple[LayerRef, ...], limit_bytes: float, fixed: Cost, group_size: int, width: int
+) -> tuple[dict[str, Treatments], str]:
+    """The uniform baseline at equal bytes: GPTQ with one width for all layers, one bit more for the first layers
+    until the bytes are used up. Returns the treatments and a description.
+    """
+    room = limit_bytes - fixed.bytes
+    bits = next((b for b in range(8, 1, -1) if uniform_bytes(refs, b, group_size, width) <= room), 2)
+    used = uniform_bytes(refs, bits, group_size, width)
+    chosen: dict[str, Treatments] = {}
+    more = 0
+    for ref in refs:
+        group = group_size if group_size != -1 and ref.shape[1] % group_size == 0 else -1
+        step = uniform_bytes([ref], bits + 1, group_size, width) - uniform_bytes([ref], bits, group_size, width)
+        upgrade = bits < 8 and used + step <= room
+        used += step if upgrade else 0
+        more += upgrade
+        chosen[ref.path] = (Quantize(bits + upgrade, group),)
+    words = f"uniform {bits}-bit GPTQ" + (f", {bits + 1} bits in the first {more} layers" if more else "")
+    return chosen, words if used <= room + 0.5 else f"{words} (the smallest uniform one; over the budget)"

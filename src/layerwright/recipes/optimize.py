@@ -1,0 +1,253 @@
+"""The whole job: profile, score, allocate, apply, recover, measure, save."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from layerwright.allocate import pareto
+from layerwright.core.calibration import Calibration, LossFunction
+from layerwright.core.cost import Cost
+from layerwright.core.memory import peak_memory_bytes
+from layerwright.core.option import OptionTable
+from layerwright.core.plan import Plan
+from layerwright.core.recipe import Recipe
+from layerwright.core.records import ApplyReport
+from layerwright.core.treatment import Treatments, describe, treatments_to_data
+from layerwright.recipes.bench import Bench, open_bench
+from layerwright.recipes.job import Decision, decide, element_bytes, uniform_layers
+from layerwright.recipes.measure import Measurement, measure
+from layerwright.treat.apply import apply_plan
+from layerwright.treat.writer import copy_side_files, prepare_folder, save_model, write_json
+
+__all__ = ["OptimizeResult", "optimize"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class OptimizeResult:
+    """What the job did.
+
+    Attributes:
+        model: the treated model.
+        plan: what was decided.
+        decision: the table and the scores that it came from.
+        report: what happened to each layer.
+        measured: `before`, `after`, `uniform` (the uniform baseline at equal bytes).
+        seconds: of the whole job.
+        peak_memory_bytes: largest resident size of this process.
+        checkpoint: folder of the saved model, None if it was not saved.
+        data: what the HTML report shows.
+    """
+
+    model: nn.Module
+    plan: Plan
+    decision: Decision
+    report: ApplyReport
+    measured: Mapping[str, Measurement]
+    seconds: float
+    peak_memory_bytes: int
+    checkpoint: Path | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_data(self) -> dict[str, Any]:
+        """The object that ``optimize --json`` prints."""
+        out = self.checkpoint
+        return {
+            **{name: m.to_data() for name, m in self.measured.items()},
+            "plan": str(out / "plan.yaml") if out else None,
+            "report": str(out / "report.html") if out else None,
+            "checkpoint": str(out) if out else None,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+def optimize(
+    model: str | Path | nn.Module,
+    budget: str,
+    recipe: str | Path | Recipe | None = None,
+    *,
+    data: str | Path | Calibration | Iterable[Any] | None = None,
+    loss_fn: LossFunction | None = None,
+    target: str = "layerwright",
+    out: str | Path | None = None,
+    force: bool = False,
+    seed: int = 0,
+    samples: int = 128,
+    length: int = 256,
+    dtype: str | None = None,
+    device: str = "cpu",
+    uniform: bool = True,
+    progress: Progress | None = None,
+) -> OptimizeResult:
+    """Make `model` fit `budget` with the least damage, and prove it.
+
+    Args:
+        model: a folder, hub name, ``demo:*`` or a module.
+        budget: such as ``bits=3`` or ``size=0.25x,ms=0.8x``.
+        recipe: name, YAML file or `Recipe`; by default `mixed` for bits and `joint` for everything else.
+        data: calibration data; see `open_bench`.
+        target: where the result must load.
+        out: folder for checkpoint, plan, scores and report; nothing is written without it.
+        uniform: also build and measure the uniform baseline of equal bytes.
+
+    Raises:
+        CheckError, InputError, FileNotFoundError: before anything is written.
+    """
+    begun = time.perf_counter()
+    folder = prepare_folder(out, force=force) if out is not None else None
+    bench = open_bench(model, data, loss_fn=loss_fn, samples=samples, length=length, dtype=dtype, device=device)
+    decision = decide(bench, budget, recipe, to=target, seed=seed, progress=progress)
+    after, report = apply_plan(bench.model, decision.plan, bench.calibration, progress=progress)
+    if decision.recipe.tuner:
+        from layerwright.tune import TUNERS
+
+        tuner = TUNERS.get(decision.recipe.tuner)
+        after = tuner(after, bench.calibration, teacher=bench.model, seed=seed, **decision.recipe.tuner_settings)
+    models = {"before": bench.model, "after": after}
+    words = ""
+    if uniform:
+        width = element_bytes(bench, decision.refs)
+        bound = min(decision.limits.get("bytes", decision.allocation.cost.bytes), decision.table.original.bytes)
+        layers, words = uniform_layers(decision.refs, bound, _fixed(decision), decision.recipe.group_size, width)
+        models["uniform"], _ = apply_plan(bench.model, layers, bench.calibration, progress=progress)
+    measured = measure(models, bench.heldout, byte_tokens=bench.name == "demo:lm", seed=seed)
+    seconds = time.perf_counter() - begun
+    content = report_data(bench, decision, report, measured, words, seconds)
+    if folder is not None:
+        _save(bench, decision, report, after, folder, content)
+    return OptimizeResult(
+        after, decision.plan, decision, report, measured, seconds, peak_memory_bytes(), folder, content
+    )
+
+
+def _fixed(decision: Decision) -> Cost:
+    return decision.table.fixed
+
+
+def _save(
+    bench: Bench, decision: Decision, report: ApplyReport, after: nn.Module, folder: Path, content: Mapping[str, Any]
+) -> None:
+    save_model(after, folder, force=True)
+
+    copy_side_files(bench.source.folder if bench.source else None, folder, bench.processor)
+    decision.plan.save(folder / "plan.yaml")
+    for scores in decision.scores.values():
+        scores.save(folder / "scores")
+    report.save(folder / "apply.jsonl")
+    write_json(folder / "report.json", content)
+
+
+def report_data(
+    bench: Bench,
+    decision: Decision,
+    report: ApplyReport,
+    measured: Mapping[str, Measurement],
+    uniform_words: str,
+    seconds: float,
+) -> dict[str, Any]:
+    """Everything the HTML report shows, as plain data."""
+    import platform
+
+    import torch
+    import transformers
+
+    chosen = {path: option for option in decision.allocation.chosen for path in option.covers}
+    records = {record.layer: record for record in report}
+    rows = []
+    for row in decision.profile:
+        ref = row.ref
+        option = chosen.get(ref.path)
+        treatments: Treatments = option.treatments if option else ()
+        record = records.get(ref.path)
+        rows.append(
+            {
+                "path": ref.path,
+                "kind": ref.kind,
+                "role": ref.role,
+                "stack": ref.stack,
+                "block": ref.block,
+                "shape": list(ref.shape),
+                "count": ref.count,
+                "params": row.cost.params,
+                "flops": row.cost.flops,
+                "ms": row.cost.ms,
+                "bytes_before": row.cost.bytes,
+                "bytes_after": _bytes_after(option, row.cost.bytes),
+                "planned": option is not None,
+                "treatments": treatments_to_data(treatments),
+                "label": describe(treatments) if option else "not planned",
+                "damage": option.damage if option and len(option.covers) == 1 else None,
+                "reason": decision.plan.reasons.get(ref.path, ""),
+                "status": record.status if record else "skipped",
+                "error": record.error if record else None,
+                "tokens": record.tokens if record else 0,
+                "note": record.note if record else "",
+                "sensitivity": _sensitivity(decision, ref.path),
+            }
+        )
+    return {
+        "title": f"layerwright: {bench.name}",
+        "model": bench.name,
+        "architecture": type(bench.model).__name__,
+        "budget": decision.plan.budget,
+        "recipe": decision.recipe.name,
+        "target": decision.target.name,
+        "seed": decision.plan.seed,
+        "calibration": repr(bench.calibration),
+        "heldout": repr(bench.heldout),
+        "measured": {name: m.to_data() for name, m in measured.items()},
+        "uniform": uniform_words,
+        "layers": rows,
+        "predicted": {"bytes": decision.allocation.cost.bytes, "damage": decision.allocation.damage},
+        "limits": dict(decision.limits),
+        "pareto": curve(decision.table),
+        "uniform_curve": curve(decision.table, "uniform"),
+        "plan": decision.plan.to_yaml(),
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "command": f"layerwright optimize {bench.name} --budget {decision.plan.budget} --recipe {decision.recipe.name} "
+        f"--seed {decision.plan.seed}",
+    }
+
+
+def _bytes_after(option: Any, before: float) -> float:
+    if option is None:
+        return before
+    return float(max(option.cost.bytes, 0.0)) if len(option.covers) == 1 else 0.0 if _dropped(option) else before
+
+
+def _dropped(option: Any) -> bool:
+    return any(t.tag == "drop" for t in option.treatments)
+
+
+def _sensitivity(decision: Decision, path: str) -> float | None:
+    """Damage of the cheapest candidate of a layer: how much it hurts to squeeze it."""
+    options = [o for o in decision.table.options if o.covers == (path,) and o.treatments]
+    return min(options, key=lambda o: o.cost.bytes).damage if options else None
+
+
+def curve(table: OptionTable, allocator: str = "integer", points: int = 16) -> list[dict[str, float]]:
+    """Predicted damage against bytes: the frontier of `allocator`."""
+    return [
+        {"bytes": a.cost.bytes, "damage": a.damage, "loss": (table.base_loss or 0.0) + a.damage}
+        for a in pareto(table, "bytes", points=points, allocator=allocator)
+    ]
+
+
+def dump(result: OptimizeResult) -> str:
+    """The result as JSON text."""
+    return json.dumps(result.to_data(), indent=2)

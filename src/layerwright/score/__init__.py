@@ -1,0 +1,53 @@
+"""Model + calibration -> damage or sensitivity per layer and block.
+
+A damage is an increase of the loss (lower is better); the scorers of blocks give sensitivities (higher is more
+important). Every scorer is in `SCORERS` by name and takes a `Subject`.
+"""
+
+from layerwright.score.base import SCORERS, Scorer, Subject, TreatWeights
+from layerwright.score.blocks import (
+    attention_similarity,
+    block_magnitude,
+    block_perplexity,
+    block_removal,
+    block_taylor,
+    similarity,
+)
+from layerwright.score.costs import count_flops, profile_model
+from layerwright.score.inputs import walk_inputs
+from layerwright.score.options import (
+    fisher,
+    hutchinson,
+    loss_swap,
+    output_error,
+    second_order,
+    snr,
+    taylor,
+    weight_error,
+)
+from layerwright.score.statistics import InputStatistics
+
+__all__ = [
+    "SCORERS",
+    "InputStatistics",
+    "Scorer",
+    "Subject",
+    "TreatWeights",
+    "attention_similarity",
+    "block_magnitude",
+    "block_perplexity",
+    "block_removal",
+    "block_taylor",
+    "count_flops",
+    "fisher",
+    "hutchinson",
+    "loss_swap",
+    "output_error",
+    "profile_model",
+    "second_order",
+    "similarity",
+    "snr",
+    "taylor",
+    "walk_inputs",
+    "weight_error",
+]

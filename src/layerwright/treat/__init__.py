@@ -1,0 +1,1 @@
+"""Treatments carried out: tensors in, `layerwright.nn.stored.Stored` out."""

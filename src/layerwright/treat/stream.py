@@ -1,0 +1,402 @@
+"""Carry out a plan on a checkpoint that may be larger than memory, one block at a time, and survive a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwright.core.blocks import find_blocks
+from layerwright.core.calibration import Calibration
+from layerwright.core.checkpoint import Checkpoint, build_empty
+from layerwright.core.errors import CheckpointError
+from layerwright.core.fingerprint import fingerprint_tensors
+from layerwright.core.layer import LayerRef
+from layerwright.core.layers import list_layers, saved_tensors
+from layerwright.core.lockstep import Lockstep, LockstepState, NotResumableError
+from layerwright.core.memory import peak_memory_bytes
+from layerwright.core.plan import Plan
+from layerwright.core.records import ApplyReport, LayerRecord
+from layerwright.core.treatment import Drop, Treatments
+from layerwright.nn.replace import structure_of
+from layerwright.score.inputs import UnitInputs, collect_inputs, forwards, units_of
+from layerwright.treat.drop import drop_blocks
+from layerwright.treat.unit import finish_unit, needs_inputs, treat_unit
+from layerwright.treat.writer import PROGRESS, CheckpointWriter, copy_side_files, prepare_folder, write_json
+
+__all__ = ["apply_checkpoint", "checkpoint_names", "empty_model", "fingerprint_checkpoint", "streams"]
+
+Progress = Callable[[str, int, int], None]
+
+
+def streams(folder: Path) -> str:
+    """Why the checkpoint in `folder` cannot be treated block by block from its files; ``""`` if it can."""
+    checkpoint, model = Checkpoint.open(folder), empty_model(folder)
+    try:
+        checkpoint_names(model, checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def fingerprint_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> str:
+    """`fingerprint_model` of the model whose weights lie in `checkpoint`, reading one tensor at a time."""
+    names = checkpoint_names(model, checkpoint)
+    dtypes = {name: tensor.dtype for name, tensor in saved_tensors(model)}
+    ordered = sorted(dtypes)
+    pairs = ((name, next(checkpoint.read([names[name]]))[1].to(dtypes[name])) for name in ordered)
+    return fingerprint_tensors(pairs)
+
+
+def checkpoint_names(model: nn.Module, checkpoint: Checkpoint, old: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Name in the model to name in the files, for every tensor that is saved.
+
+    Raises:
+        CheckpointError: the files name or shape their tensors differently from the model (they are converted when
+            they are loaded whole).
+    """
+    prefixes = ("", f"{getattr(model, 'base_model_prefix', '')}.")
+    names: dict[str, str] = {}
+    tied = _tied(model)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        wanted = (old or {}).get(name, name)
+        options = [wanted, *(wanted.removeprefix(p) for p in prefixes if p), *(p + wanted for p in prefixes if p)]
+        found = next((option for option in options if option in checkpoint.files), None)
+        if found is None:
+            if name in tied:
+                continue
+            raise CheckpointError(f"{checkpoint.folder} has no tensor {wanted}: its names are converted on loading")
+        if checkpoint.shapes[found] != tuple(tensor.shape):
+            raise CheckpointError(f"{checkpoint.folder}: {found} has another shape than the model's {name}")
+        names[name] = found
+    return names
+
+
+def _tied(model: nn.Module) -> set[str]:
+    first: dict[int, str] = {}
+    extra: set[str] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in first:
+            extra.add(name)
+        first.setdefault(id(tensor), name)
+    return extra
+
+
+def empty_model(folder: Path) -> nn.Module:
+    """The model in `folder`, its weights on the meta device."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    dtype = getattr(config, "dtype", None)
+    return build_empty(config, dtype if isinstance(dtype, torch.dtype) else None)
+
+
+@dataclass
+class _Run:
+    """One run over a checkpoint: what it works on and where it writes."""
+
+    model: nn.Module
+    checkpoint: Checkpoint
+    names: dict[str, str]
+    writer: CheckpointWriter
+    progress: Path
+    structure: dict[str, Any]
+    shards: list[str]
+
+    def load(self, path: str) -> None:
+        """Read the tensors of the module at `path` from the files."""
+        module = self.model.get_submodule(path)
+        prefix = f"{path}." if path else ""
+        wanted = {
+            self.names[prefix + name]: name
+            for name, tensor in module.state_dict(keep_vars=True).items()
+            if tensor.device.type == "meta" and prefix + name in self.names
+        }
+        dtype = next((t.dtype for t in module.state_dict(keep_vars=True).values() if t.is_floating_point()), None)
+        state = {
+            wanted[name]: tensor.to(dtype) if tensor.is_floating_point() and dtype is not None else tensor
+            for name, tensor in self.checkpoint.read(list(wanted))
+        }
+        _assign(module, state)
+
+    def write(self, path: str) -> None:
+        """Write the module at `path` to a shard of its own, and free it."""
+        module = self.model.get_submodule(path)
+        shard = f"model-{len(self.shards) + 1:05d}"
+        tensors = {f"{path}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+        before = self.writer.total_bytes
+        self.writer.add(shard, tensors)
+        self.structure |= {f"{path}.{name}" if name else path: spec for name, spec in structure_of(module).items()}
+        self.shards.append(shard)
+        write_json(
+            self.progress / f"{shard}.json",
+            {
+                "path": path,
+                "bytes": self.writer.total_bytes - before,
+                "tensors": sorted(tensors),
+                "structure": {k: v for k, v in self.structure.items() if k == path or k.startswith(path + ".")},
+            },
+        )
+        module.to("meta")
+
+    def restore(self, count: int) -> list[str]:
+        """Take up the first `count` shards, which an earlier run finished; returns the paths of their modules."""
+        done = []
+        for number in range(1, count + 1):
+            note = self.progress / f"model-{number:05d}.json"
+            data = json.loads(note.read_text())
+            shard = note.stem
+            self.writer.restore(dict.fromkeys(data["tensors"], f"{shard}.safetensors"), data["bytes"])
+            self.structure |= data["structure"]
+            self.shards.append(shard)
+            done.append(data["path"])
+        return done
+
+
+def _assign(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        owner, _, attribute = name.rpartition(".")
+        holder = module.get_submodule(owner) if owner else module
+        if attribute in holder._parameters:
+            holder._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            holder._buffers[attribute] = tensor
+
+
+def apply_checkpoint(
+    folder: str | Path,
+    plan: Plan,
+    calibration: Calibration | None,
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+    force: bool = False,
+    name: str = "",
+) -> ApplyReport:
+    """Treat the checkpoint in `folder` according to `plan` and write the result to `out`.
+
+    One block is in memory at a time: it is read, treated with the inputs that the blocks before gave it, written as a
+    shard and freed. After each block the activations that stand before the next one are saved too, so that a killed
+    run goes on from there, with the same values, to the byte-identical result.
+
+    Peak memory: the layers outside blocks, one block (as read, treated, and packed), its input statistics, and two
+    copies of the activations; independent of depth.
+
+    Raises:
+        CheckpointError: the files do not match the model's names (load the model whole instead), or cannot be written.
+    """
+    begun = time.perf_counter()
+    folder = Path(folder)
+    checkpoint = Checkpoint.open(folder)
+    model = empty_model(folder)
+    layers = {path: treatments for path, treatments in plan.layers.items() if treatments}
+    dropped = [path for path, t in layers.items() if any(isinstance(x, Drop) for x in t)]
+    original = {ref.path for ref in list_layers(model)}
+    new_of = {path: path for path in original}
+    old_names: dict[str, str] = {}
+    checkpoint_names(model, checkpoint)
+    if dropped:
+        before = list(model.state_dict(keep_vars=True))
+        model, block_map = drop_blocks(model, dropped, copy=False)
+        new_of = {path: block_map.new_path(path) or "" for path in original}
+        old_names = {new: name for name in before if (new := block_map.new_path(name))}
+        layers = {new_of[path]: t for path, t in layers.items() if path not in dropped}
+    names = checkpoint_names(model, checkpoint, old_names)
+    target = prepare_folder(out, force=force)
+    state_folder = target / PROGRESS
+    key = _run_key(plan, checkpoint, calibration)
+    _open_progress(state_folder, key, target)
+    report = ApplyReport.load(state_folder / "apply.jsonl")
+    report.path = state_folder / "apply.jsonl"
+    if not report.records:
+        for path in dropped:
+            report.add(LayerRecord(path, "drop", "done", "block dropped"))
+    run = _Run(model, checkpoint, names, CheckpointWriter(target), state_folder, {}, [])
+    refs = [ref for ref in list_layers(model) if layers.get(ref.path)]
+    reported = {new: old for old, new in new_of.items() if new}
+    with torch.no_grad():
+        _walk(run, refs, layers, calibration, report, reported, progress)
+        _write_rest(run)
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    run.writer.finish(config, run.structure, {"plan": "plan.yaml"})
+    copy_side_files(folder, target)
+    plan.save(target / "plan.yaml")
+    report.save(target / "apply.jsonl")
+    shutil.rmtree(state_folder)
+    report.seconds = time.perf_counter() - begun
+    report.peak_memory_bytes = peak_memory_bytes()
+    return report
+
+
+def _walk(
+    run: _Run,
+    refs: Sequence[LayerRef],
+    layers: Mapping[str, Treatments],
+    calibration: Calibration | None,
+    report: ApplyReport,
+    reported: Mapping[str, str],
+    progress: Progress | None,
+) -> None:
+    """Visit every block in order; afterwards only what stands outside the blocks is left in memory."""
+    blocks = [name for stack in find_blocks(run.model) for name in stack.names]
+    units = units_of(run.model, refs)
+    outside = {path: inside for path, inside in units.items() if path not in blocks}
+    needs = {ref.path: needs_inputs(layers[ref.path]) for ref in refs}
+    data_free = not any(needs.values()) or calibration is None
+    done = run.restore(_finished(run.progress, "model") if data_free else _finished(run.progress, "state"))
+    if done:
+        report.resumed_at = f"after {done[-1]}"
+    if data_free:
+        for number, path in enumerate(blocks):
+            if path not in done:
+                run.load(path)
+                finish_unit(
+                    run.model, treat_unit(run.model, units.get(path, []), layers, UnitInputs(), report, names=reported)
+                )
+                run.write(path)
+            if progress:
+                progress(path, number + 1, len(blocks))
+        _load_outside(run, blocks)
+        rest = [ref for inside in outside.values() for ref in inside]
+        finish_unit(run.model, treat_unit(run.model, rest, layers, UnitInputs(), report, names=reported))
+        return
+    _load_outside(run, blocks)
+    for path in done:
+        run.model.get_submodule(path).to("meta")
+    resume = _read_state(run.progress, len(done))
+    visited = set(done)
+    walk = Lockstep(run.model, [*blocks, *outside], forwards(run.model, calibration), keep_history=True, resume=resume)
+    pending: list[Any] = []
+    standing = ""
+    for stop in walk:
+        if standing:
+            finish_unit(run.model, pending)
+            run.write(standing)
+            _write_state(run.progress, len(run.shards), walk)
+            visited.add(standing)
+        pending, standing = [], stop.path
+        if stop.path in blocks:
+            if stop.path in visited:
+                raise CheckpointError(
+                    f"{stop.path} runs twice in one pass: load the model whole instead of streaming it"
+                )
+            run.load(stop.path)
+        if stop.visit == 0:
+            inside = units.get(stop.path, [])
+            pending = treat_unit(
+                run.model, inside, layers, collect_inputs(run.model, stop, inside, needs), report, names=reported
+            )
+        if progress:
+            progress(stop.path, len(visited) + 1, len(blocks) + len(outside))
+    finish_unit(run.model, pending)
+    if standing:
+        run.write(standing)
+    visited.add(standing)
+    for path in blocks:
+        if path not in visited:  # never reached by the data: treated without it
+            run.load(path)
+            finish_unit(
+                run.model, treat_unit(run.model, units.get(path, []), layers, UnitInputs(), report, names=reported)
+            )
+            run.write(path)
+    missed = [ref for path, inside in outside.items() if path not in visited for ref in inside]
+    finish_unit(run.model, treat_unit(run.model, missed, layers, UnitInputs(), report, names=reported))
+
+
+def _load_outside(run: _Run, blocks: Sequence[str]) -> None:
+    """Read everything that is in no block."""
+    prefixes = tuple(f"{path}." for path in blocks)
+    wanted = [name for name in run.names if not name.startswith(prefixes)]
+    state = run.model.state_dict(keep_vars=True)
+    found = dict(run.checkpoint.read([run.names[name] for name in wanted]))
+    _assign(
+        run.model,
+        {
+            name: tensor.to(state[name].dtype) if tensor.is_floating_point() else tensor
+            for name in wanted
+            for tensor in [found[run.names[name]]]
+        },
+    )
+    if hasattr(run.model, "tie_weights"):
+        run.model.tie_weights()
+
+
+def _write_rest(run: _Run) -> None:
+    from layerwright.treat.writer import unique_tensors
+
+    tensors = {n: t for n, t in unique_tensors(run.model).items() if n not in run.writer.weight_map}
+    run.writer.add("model-00000", tensors)
+    for path, spec in structure_of(run.model).items():
+        run.structure.setdefault(path, spec)
+
+
+# -- state --------------------------------------------------------------------------------------------------------
+
+
+def _run_key(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None) -> str:
+    digest = hashlib.sha256()
+    digest.update(json.dumps(sorted((k, str(v)) for k, v in plan.layers.items())).encode())
+    digest.update(json.dumps(sorted((k, str(v)) for k, v in checkpoint.shapes.items())).encode())
+    for file in sorted(set(checkpoint.files.values())):
+        status = (checkpoint.folder / file).stat()
+        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
+    digest.update((calibration.fingerprint() if calibration is not None else "").encode())
+    return digest.hexdigest()
+
+
+def _open_progress(folder: Path, key: str, out: Path) -> None:
+    note = folder / "run.json"
+    if note.is_file():
+        if json.loads(note.read_text()).get("key") != key:
+            raise CheckpointError(
+                f"{out} holds the unfinished state of another run (other plan, model or data): give another folder, "
+                f"or delete {folder} to start again"
+            )
+        return
+    folder.mkdir(exist_ok=True)
+    write_json(note, {"key": key})
+
+
+def _write_state(folder: Path, number: int, walk: Lockstep) -> None:
+    from safetensors.torch import save_file
+
+    try:
+        state = walk.state()
+    except NotResumableError:
+        return
+    temporary = folder / "state.tmp"
+    try:
+        save_file({name: tensor.clone() for name, tensor in state.tensors.items()}, temporary)
+        temporary.replace(folder / f"state-{number:05d}.safetensors")
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{folder} cannot be written ({error}): is the disk full?") from error
+    write_json(folder / f"state-{number:05d}.json", state.passes)
+    for old in folder.glob("state-*"):
+        if f"{number:05d}" not in old.name:
+            old.unlink()
+
+
+def _finished(folder: Path, kind: str) -> int:
+    """Number of shards (`model`) that were written, or that the saved activations (`state`) stand behind."""
+    numbers = [int(path.stem.rpartition("-")[2]) for path in folder.glob(f"{kind}-*.json")]
+    if kind == "state":
+        return max(numbers, default=0)
+    return next(n for n in range(len(numbers) + 1) if n + 1 not in numbers)
+
+
+def _read_state(folder: Path, number: int) -> LockstepState | None:
+    from safetensors.torch import load_file
+
+    note = folder / f"state-{number:05d}.json"
+    if number == 0 or not note.is_file():
+        return None
+    return LockstepState(json.loads(note.read_text()), load_file(folder / f"state-{number:05d}.safetensors"))

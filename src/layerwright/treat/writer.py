@@ -1,0 +1,210 @@
+"""Write checkpoints in our own layout: safetensors shards, an index, the configuration and the structure."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from layerwright.core.checkpoint import INDEX
+from layerwright.core.errors import CheckpointError
+from layerwright.nn.replace import structure_of
+
+__all__ = ["PROGRESS", "CheckpointWriter", "check_folder", "copy_side_files", "prepare_folder", "save_model"]
+
+PROGRESS = ".layerwright-unfinished"
+"""Folder inside the output that holds the state of a run that has not ended."""
+
+STRUCTURE = "layerwright.json"
+SHARD_BYTES = 2_000_000_000
+_OURS = {"config.json", STRUCTURE, INDEX, "plan.yaml", "report.html", "report.json", "apply.jsonl", "recipe.yaml"}
+_SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+def check_folder(out: str | Path, *, force: bool = False) -> Path:
+    """Whether `out` can be used for an output; nothing is written.
+
+    Raises:
+        CheckpointError: it is a file, cannot be written, or holds something that is not an output of ours (or a
+            finished output, unless `force`; an unfinished one is gone on with).
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file: give a folder for the output")
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if names and PROGRESS not in names and not (force and names & _OURS):
+        finished = STRUCTURE in names or INDEX in names
+        raise CheckpointError(
+            f"{out} already holds {'a finished output' if finished else 'something else'} "
+            f"({', '.join(sorted(names)[:3])}): give another folder"
+            + (" or pass --force to replace it" if finished else "")
+        )
+    parent = next(path for path in [out, *out.absolute().parents] if path.exists())
+    if not os.access(parent, os.W_OK) or _read_only(parent):
+        raise CheckpointError(f"{out} cannot be written (read-only): give a folder you may write to")
+    return out
+
+
+def _read_only(folder: Path) -> bool:
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+
+
+def prepare_folder(out: str | Path, *, force: bool = False) -> Path:
+    """Make `out` ready to be written to: `check_folder`, then create it, or clear a finished output with `force`.
+
+    Raises:
+        CheckpointError: as `check_folder`.
+    """
+    folder = check_folder(out, force=force)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / PROGRESS).exists():
+            for path in folder.iterdir():
+                if path.name in _OURS or path.suffix == ".safetensors" or path.name in _SIDE_FILES:
+                    path.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"{out} cannot be written ({error.strerror or error}): give a folder you may write to"
+        ) from error
+    return folder
+
+
+class CheckpointWriter:
+    """Writes shards one at a time under temporary names; the index comes last, so that a half-written folder never
+    loads.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.weight_map: dict[str, str] = {}
+        self.total_bytes = 0
+
+    def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write one shard called ``<name>.safetensors``.
+
+        Raises:
+            CheckpointError: the disk is full or refuses.
+        """
+        from safetensors.torch import save_file
+
+        file = f"{name}.safetensors"
+        temporary = self.out / f"{file}.tmp"
+        kept = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        try:
+            save_file(kept, temporary, metadata={"format": "pt"})
+            temporary.replace(self.out / file)
+        except Exception as error:
+            temporary.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{self.out / file} cannot be written ({error}): is the disk full or read-only?"
+            ) from error
+        for key, tensor in kept.items():
+            self.weight_map[key] = file
+            self.total_bytes += tensor.numel() * tensor.element_size()
+
+    def restore(self, weight_map: Mapping[str, str], total_bytes: int) -> None:
+        """Count shards that an earlier run wrote."""
+        self.weight_map.update(weight_map)
+        self.total_bytes += total_bytes
+
+    def finish(self, config: Mapping[str, Any], structure: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+        """Write configuration, structure and, last of all, the index."""
+        write_json(self.out / "config.json", config)
+        write_json(
+            self.out / STRUCTURE,
+            {"layerwright_checkpoint": 1, "structure": dict(sorted(structure.items())), **extra},
+        )
+        index = {
+            "metadata": {"total_size": self.total_bytes},
+            "weight_map": dict(sorted(self.weight_map.items())),
+        }
+        write_json(self.out / INDEX, index)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON under a temporary name and rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps(data, indent=1, default=str) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path} cannot be written ({error.strerror or error}): is the disk full or read-only?"
+        ) from error
+
+
+def copy_side_files(source: Path | None, out: Path, processor: Any = None) -> None:
+    """Copy tokenizer and processor files beside the weights; save `processor` where there is no folder to copy from."""
+    if source is not None:
+        for name in _SIDE_FILES:
+            if (source / name).is_file() and not (out / name).exists():
+                shutil.copyfile(source / name, out / name)
+    elif processor is not None and hasattr(processor, "save_pretrained"):
+        processor.save_pretrained(out)
+
+
+def unique_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The saved tensors of `module` by full name; of tied ones only the first."""
+    seen: set[tuple[int, int]] = set()
+    kept: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
+            continue
+        key = (tensor.data_ptr(), tensor.numel())
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        kept[prefix + name] = tensor
+    return kept
+
+
+def save_model(
+    model: nn.Module, out: str | Path, *, config: Mapping[str, Any] | None = None, force: bool = False
+) -> Path:
+    """Save a model (treated or not) in our layout, in shards of at most 2 GB; `layerwright.load` reads it back
+    identically.
+
+    Raises:
+        CheckpointError: the folder cannot be used, or the model has no Hugging Face configuration.
+    """
+    folder = prepare_folder(out, force=force)
+    if config is None:
+        own = getattr(model, "config", None)
+        if own is None or not hasattr(own, "to_dict"):
+            raise CheckpointError(
+                f"{type(model).__name__} has no configuration to rebuild it from: save model.state_dict() with "
+                "safetensors and the structure with layerwright.nn.structure_of(model)"
+            )
+        config = own.to_dict() | {"architectures": [type(model).__name__]}
+    writer = CheckpointWriter(folder)
+    shard: dict[str, Tensor] = {}
+    size = number = 0
+    for name, tensor in unique_tensors(model).items():
+        if size and size + tensor.numel() * tensor.element_size() > SHARD_BYTES:
+            writer.add(f"model-{number:05d}", shard)
+            shard, size, number = {}, 0, number + 1
+        shard[name] = tensor
+        size += tensor.numel() * tensor.element_size()
+    writer.add(f"model-{number:05d}", shard)
+    writer.finish(config, structure_of(model), {})
+    return folder
