@@ -172,8 +172,8 @@ class Calibration:
             raise InputError(f"text needs a tokenizer, got {type(tokenizer).__name__}: the model folder has none")
         end = getattr(tokenizer, "eos_token_id", None)
         ids: list[int] = []
-        for text in texts:
-            ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for tokens in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]:
+            ids += tokens
             if end is not None:
                 ids.append(end)
         if len(ids) < max(length, 2):

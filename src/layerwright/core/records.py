@@ -75,7 +75,8 @@ class ApplyReport:
     resumed_at: str = ""
 
     def add(self, record: LayerRecord) -> None:
-        """Keep `record`, and write it if there is a file."""
+        """Keep `record` in place of an earlier one of the same layer, and write it if there is a file."""
+        self.records = [known for known in self.records if known.layer != record.layer]
         self.records.append(record)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:

@@ -83,6 +83,7 @@ class Quantize(Treatment):
             raise InputError("act_bits: 8 needs bits: 8, group_size: -1 and symmetric: true (integer products)")
 
     def label(self) -> str:
+        """A short name for tables and charts."""
         group = "" if self.group_size == -1 else f" g{self.group_size}"
         acts = f" a{self.act_bits}" if self.act_bits else ""
         return f"int{self.bits}{acts}{group}{'' if self.symmetric else ' asym'} {self.method}"
@@ -112,6 +113,7 @@ class Sparsify(Treatment):
             raise InputError(f"sparsity: got {self.sparsity}, the pattern 2:4 is always 0.5")
 
     def label(self) -> str:
+        """A short name for tables and charts."""
         return f"2:4 {self.method}" if self.pattern == "2:4" else f"sparse {self.sparsity:.0%} {self.method}"
 
 
@@ -135,6 +137,7 @@ class LowRank(Treatment):
             raise InputError(f"inner: got {self.inner}, expected a rank of at least 1")
 
     def label(self) -> str:
+        """A short name for tables and charts."""
         return f"rank {self.inner}"
 
 

@@ -47,7 +47,7 @@ def demo_data(
     for ``demo:cnn``.
     """
     if name == "demo:lm":
-        texts = stdlib_text(part, limit_bytes=max(600_000, 2 * samples * length))
+        texts = stdlib_text(part, limit_bytes=max(200_000, 2 * samples * length))
         return Calibration.from_text(texts, processor, samples, length, batch_size, name=f"stdlib {part}")
     images, labels = digits(part)
     images, labels = images[:samples], labels[:samples]

@@ -41,6 +41,7 @@ for _name, _cls in {
     "tied_linear": TiedLinear,
 }.items():
     MODULES.add(_name, _cls)
+MODULES.add("lora_linear", "layerwright.nn.lora:LoraLinear")
 
 
 _CONVS: dict[str, Any] = {"low_rank": LowRankConv, "sparse": SparseConv, "quantized": QuantConv}

@@ -49,7 +49,7 @@ class Stored:
         if self.dense is not None:
             return self.dense.to(dtype)
         assert self.codes is not None and self.scale is not None
-        count, out, in_ = self.shape
+        count, out, _ = self.shape
         grouped = self.codes.reshape(count, out, self.scale.shape[-1], -1).float()
         if self.zero is not None:
             grouped = grouped - self.zero.unsqueeze(-1).float()

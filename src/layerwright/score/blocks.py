@@ -45,12 +45,13 @@ def block_perplexity(subject: Subject) -> Scores:
     A perplexity that is not finite counts as infinite importance, with a warning.
     """
     begun = time.perf_counter()
+    base = subject.calibration.mean_loss(subject.model)
     values: dict[str, float] = {}
     for path, loss in _losses_without(subject).items():
         values[path] = math.exp(loss) if math.isfinite(loss) and loss < 700 else math.inf
         if values[path] == math.inf:
             warnings.warn(f"the perplexity without {path} is not finite: it counts as indispensable", stacklevel=2)
-    return _scores(subject, "block_perplexity", values, begun, None)
+    return _scores(subject, "block_perplexity", values, begun, base)
 
 
 def _losses_without(subject: Subject) -> dict[str, float]:
@@ -74,7 +75,7 @@ def block_magnitude(subject: Subject, power: int = 1) -> Scores:
     """
     begun = time.perf_counter()
     values = {
-        path: sum(float(w.float().abs().pow(power).sum()) for _, w in _scored_weights(subject.model, path))
+        path: sum(float(w.detach().float().abs().pow(power).sum()) for _, w in _scored_weights(subject.model, path))
         for path in subject.blocks
     }
     return _scores(subject, "block_magnitude", values, begun, None)

@@ -45,6 +45,7 @@ def follow(model: nn.Module, watched: Mapping[str, nn.Module], run: Callable[[],
     found = {path: Following() for path in watched}
     inside: list[str] = []
     outputs: dict[int, tuple[str, Tensor]] = {}
+    kept: list[object] = []  # so that no new tensor gets an old one's id
 
     def enter(path: str) -> Callable[..., None]:
         return lambda *_: inside.append(path)
@@ -67,8 +68,12 @@ def follow(model: nn.Module, watched: Mapping[str, nn.Module], run: Callable[[],
 
     class Reads(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            read(getattr(func, "__name__", str(func)), (args, kwargs or {}))
-            return func(*args, **(kwargs or {}))
+            name = getattr(func, "__name__", str(func))
+            read(name, (args, kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if name.startswith("relu"):  # in place, it gives its input back as another value
+                kept.append(outputs.pop(id(result), None))
+            return result
 
     handles = []
     for path, module in model.named_modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def fold_batchnorm(model: nn.Module, keep_statistics: bool = True, *, data: Any 
     if not norms:
         return folded
     with evaluating(folded):
-        found = follow(folded, layers, lambda: _forward(folded, layers, data))
+        found = follow(folded, layers, _forward_of(folded, layers, data))
     pairs = _pairs(norms, layers, found)
     for norm_path, layer_path in pairs.items():
         _fold(layers[layer_path], norms[norm_path], keep_statistics)
@@ -101,26 +102,36 @@ def _fold(layer: Any, norm: Any, keep_statistics: bool) -> None:
         layer.register_buffer(FOLDED_STD, scale.abs().float(), persistent=False)
 
 
-def _forward(model: nn.Module, layers: dict[str, nn.Module], data: Any) -> None:
+@torch.no_grad()
+def _forward_of(model: nn.Module, layers: dict[str, nn.Module], data: Any) -> Callable[[], object]:
+    """One forward of `model`, on the first batch of `data` or on the first random input that it runs on."""
     if data is not None:
         calibration = as_calibration(data)
-        calibration.forward(model, next(iter(calibration)))
-        return
-    example = _example(next(iter(layers.values()), None))
+        batch = next(iter(calibration))
+        return lambda: calibration.forward(model, batch)
     name = getattr(model, "main_input_name", None)
-    try:
-        model(**{name: example}) if isinstance(name, str) else model(example)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        shape = tuple(example.shape)
-        raise InputError(f"data: the model does not run on a random input {shape} ({error}); give data=") from error
+
+    def run(example: Tensor) -> object:
+        return model(**{name: example}) if isinstance(name, str) else model(example)
+
+    problem: Exception | None = None
+    # The layer that is registered first need not be the one that runs first.
+    shapes = dict.fromkeys(_shape(layer) for layer in layers.values())
+    for shape in shapes:
+        generator = torch.Generator().manual_seed(0)
+        example = torch.randn(shape, generator=generator).to(next(model.parameters()))
+        try:
+            run(example)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            problem = problem or error
+        else:
+            return lambda: run(example)
+    tried = ", ".join(map(str, shapes)) or "none, as it has no convolution or linear layer"
+    raise InputError(f"data: the model runs on no random input (tried {tried}: {problem}); give data=") from problem
 
 
-def _example(layer: Any) -> Tensor:
-    if layer is None:
-        raise InputError("model: no convolution or linear layer to fold a BatchNorm into")
-    generator = torch.Generator().manual_seed(0)
+def _shape(layer: Any) -> tuple[int, ...]:
+    """Of a random input for `layer`."""
     if isinstance(layer, nn.Linear):
-        shape: tuple[int, ...] = (2, layer.in_features)
-    else:
-        shape = (2, layer.in_channels, *[_EXAMPLE] * (layer.weight.dim() - 2))
-    return torch.randn(shape, generator=generator).to(layer.weight)
+        return 2, layer.in_features
+    return 2, layer.in_channels, *[_EXAMPLE] * (layer.weight.dim() - 2)

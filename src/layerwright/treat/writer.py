@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from layerwright.core.checkpoint import INDEX
 from layerwright.core.errors import CheckpointError
 from layerwright.nn.replace import structure_of
+from layerwright.nn.treated import dtype_name
 
 __all__ = ["PROGRESS", "CheckpointWriter", "check_folder", "copy_side_files", "prepare_folder", "save_model"]
 
@@ -178,6 +179,13 @@ def unique_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     return kept
 
 
+def _dtype_of(model: nn.Module) -> str:
+    """The dtype of the weights; the configuration of a model that was not loaded does not say."""
+    tensors = [*model.parameters(), *model.buffers()]
+    named = (dtype_name(tensor.dtype) for tensor in tensors if tensor.is_floating_point())
+    return next(named, "float32")
+
+
 def save_model(
     model: nn.Module, out: str | Path, *, config: Mapping[str, Any] | None = None, force: bool = False
 ) -> Path:
@@ -195,7 +203,7 @@ def save_model(
                 f"{type(model).__name__} has no configuration to rebuild it from: save model.state_dict() with "
                 "safetensors and the structure with layerwright.nn.structure_of(model)"
             )
-        config = own.to_dict() | {"architectures": [type(model).__name__]}
+        config = own.to_dict() | {"architectures": [type(model).__name__], "dtype": _dtype_of(model)}
     writer = CheckpointWriter(folder)
     shard: dict[str, Tensor] = {}
     size = number = 0

@@ -21,7 +21,7 @@ __all__ = ["PAPER_RATES", "RELATIVE_RATES", "AdaQuant", "LayerFit"]
 PAPER_RATES: Mapping[str, float] = {"weight": 1e-5, "bias": 1e-3, "weight_range": 1e-3, "input_range": 1e-1}
 """The paper's absolute learning rates, tuned for convolutions on ImageNet."""
 
-RELATIVE_RATES: Mapping[str, float] = {"weight": 1e-2, "bias": 1e-3, "weight_range": 1e-3, "input_range": 1e-3}
+RELATIVE_RATES: Mapping[str, float] = {"weight": 2e-2, "bias": 1e-3, "weight_range": 1e-3, "input_range": 1e-3}
 """Learning rates as shares: of the weight's standard deviation, of the output's, and of the mean range."""
 
 CHECKS = 20
@@ -60,8 +60,9 @@ class AdaQuant:
     Attributes:
         iters: optimiser steps per layer.
         batch_size: cached samples per step.
-        lr: ``relative`` (`RELATIVE_RATES` times the size of each parameter), ``paper`` (`PAPER_RATES`), or a mapping
-            that replaces some of the relative shares.
+        lr: ``relative`` (`RELATIVE_RATES` times the size of each parameter, falling linearly to 0, since weights near
+            the middle between two levels would go on jumping), ``paper`` (`PAPER_RATES`, constant), or a mapping that
+            replaces some of the relative shares.
         mode: ``parallel`` gives each layer full-precision inputs, so that layers are independent; ``sequential`` gives
             it what comes out of the quantized layers before it. The target is full precision in both.
         through_activation: compare after the ReLU where one, and nothing else, reads the layer's output.
@@ -182,7 +183,11 @@ class AdaQuant:
         generator = torch.Generator().manual_seed(seed)
         best, trace, since, steps = _state(layer), [before], 0, 0
         trained = _parameters(layer)
+        rates = [group["lr"] for group in optimizer.param_groups]
         for step in range(self.iters):
+            if self.lr != "paper":
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * (1 - step / self.iters)
             x, z = samples.draw(self.batch_size, generator)
             y = target(x.to(device))
             with torch.enable_grad():

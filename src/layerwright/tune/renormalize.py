@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwright.core.calibration import Calibration, as_calibration, evaluating
-from layerwright.core.errors import InputError
+from layerwright.core.errors import InputError, unknown_name
 from layerwright.nn.quantized import QuantConv, QuantLinear
 from layerwright.treat.fold import FOLDED_MEAN, FOLDED_STD
 from layerwright.tune._fake_layers import FakeQuantized, full_precision
@@ -102,8 +102,11 @@ def statistics_of(
     """Mean and deviation of each quantized layer's full-precision output: remembered from folding, or measured."""
     layers = quantized_layers(model)
     known: dict[str, Statistics] = {}
+    modules = {} if reference is None else dict(reference.named_modules())
     for path, layer in layers.items():
-        owner: Any = layer if reference is None else reference.get_submodule(path)
+        if reference is not None and path not in modules:
+            raise unknown_name("layer", path, modules, "the reference")
+        owner: Any = layer if reference is None else modules[path]
         mean, std = getattr(owner, FOLDED_MEAN, None), getattr(owner, FOLDED_STD, None)
         if isinstance(mean, Tensor) and isinstance(std, Tensor):
             known[path] = (mean, std)

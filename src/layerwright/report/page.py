@@ -1,0 +1,166 @@
+"""From the data of a job to one page that works offline."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from layerwright.core.errors import CheckpointError, InputError
+from layerwright.report import numbers
+from layerwright.report.charts import Chart, sensitivity_chart, stack_chart
+from layerwright.report.frontier import frontier_chart
+from layerwright.report.headline import comparison, headline
+from layerwright.report.palette import Mark, palette
+from layerwright.report.rows import Layer, layers_of
+
+__all__ = ["render", "write_report"]
+
+_MODELS = ("before", "after", "uniform")
+_MAP_COLUMNS = 24
+
+
+def render(data: Mapping[str, Any]) -> str:
+    """The page as text: same data, same text.
+
+    The page asks nothing of the network: styles, scripts and Plotly (about 5 MB) are inside, and its content security
+    policy admits these three scripts by their hashes and nothing else. All of `data` is escaped.
+
+    Args:
+        data: what `layerwright.recipes.optimize.report_data` returns. Missing parts are left out of the page.
+
+    Raises:
+        InputError: if `data` is no report: `layers` must be a list of mappings and `measured` a mapping of mappings.
+    """
+    _check(data)
+    layers = layers_of(data["layers"])
+    marks = palette(layer.label for layer in layers)
+    measured = data["measured"]
+    names = [name for name in (*_MODELS, *sorted(set(measured) - set(_MODELS))) if measured.get(name)]
+    found = (stack_chart(layers, marks), sensitivity_chart(layers, marks), frontier_chart(data))
+    charts = {chart.key: chart for chart in found if chart is not None}
+    scripts = {"plotly": _plotly_script(), "page": _asset("page.js")}
+    text: str = _template().render(
+        data=data,
+        title=str(data.get("title") or "layerwright"),
+        headline=headline(data),
+        names=names,
+        titles={"uniform": str(data.get("uniform") or "uniform")},
+        comparison=comparison(measured, names) if names else (),
+        layers=layers,
+        grid=_grid(layers),
+        marks=marks,
+        shares=_shares(layers, marks),
+        statuses=Counter(layer.status for layer in layers if layer.planned),
+        failed=[layer for layer in layers if layer.status == "failed"],
+        charts=charts,
+        figures=_embedded(list(charts.values())),
+        show=numbers,
+        css=_asset("page.css"),
+        scripts=scripts,
+        hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts.values()),
+    )
+    return text
+
+
+def write_report(out: str | Path) -> Path:
+    """Write ``report.html`` from the ``report.json`` of the output folder `out`; returns its path.
+
+    The page is written under a temporary name and renamed, so that a page that exists is complete.
+
+    Raises:
+        FileNotFoundError: if there is no ``report.json``.
+        InputError: if it cannot be read as a report.
+        CheckpointError: if the page cannot be written.
+    """
+    source = Path(out) / "report.json"
+    advice = f"run `layerwright optimize MODEL --budget BUDGET -o {out}` first"
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} does not exist: {advice}")
+    try:
+        data = json.loads(source.read_text(encoding="utf-8"))
+        text = render(data)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{source} is not the report of a job ({reason}): {advice}") from error
+    page = source.with_name("report.html")
+    temporary = page.with_name(page.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(page)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{page} cannot be written ({error.strerror or error}): is the disk full or read-only?"
+        ) from error
+    return page
+
+
+def _check(data: Any) -> None:
+    if not isinstance(data, Mapping):
+        raise InputError(f"report: got {type(data).__name__}, expected a mapping")
+    rows, measured = data.get("layers"), data.get("measured")
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
+        raise InputError("report: `layers` is missing or is not a list of mappings")
+    if not isinstance(measured, Mapping) or not all(isinstance(m, Mapping | None) for m in measured.values()):
+        raise InputError("report: `measured` is missing or is not a mapping of mappings")
+
+
+def _grid(layers: Sequence[Layer]) -> dict[str, Any]:
+    """Blocks down, places within a block across; empty where blocks are few or their parts are too many to read."""
+    planned = [layer for layer in layers if layer.planned and layer.group and not layer.container]
+    columns = list(dict.fromkeys(layer.name for layer in planned if not layer.dropped or layer.sensitivity is not None))
+    groups: dict[str, dict[str, Layer]] = {}
+    for layer in planned:
+        groups.setdefault(layer.group, {})[layer.name] = layer
+    readable = len(groups) > 1 and 0 < len(columns) <= _MAP_COLUMNS
+    return {"columns": columns, "groups": groups} if readable else {}
+
+
+def _shares(layers: Sequence[Layer], marks: Mapping[str, Mark]) -> list[tuple[str, int, str]]:
+    """For the legend: label, how many layers have it, and their bytes afterwards."""
+    leaves = [layer for layer in layers if not layer.container]
+    rows = []
+    for label in marks:
+        own = [layer for layer in leaves if layer.label == label]
+        if own:
+            rows.append((label, len(own), numbers.size(sum(layer.after for layer in own))))
+    return rows
+
+
+def _embedded(charts: Sequence[Chart]) -> str:
+    """JSON that is safe inside a script element: no ``<``, ``>``, ``&`` or line separators of JavaScript."""
+    figures = [{"key": c.key, "data": c.traces, "layout": c.layout, "height": c.height} for c in charts]
+    text = json.dumps(figures, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+@functools.cache
+def _plotly_script() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())
+
+
+@functools.cache
+def _asset(name: str) -> str:
+    return resources.files("layerwright.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_asset("page.html.jinja"))
+
+
+@functools.cache
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

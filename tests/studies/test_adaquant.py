@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import math
+
+
+from layerwright.core.evidence import Evidence
+from layerwright.studies.adaquant import _policies, run
+
+
+def test_quick_form_measures_every_claim():
+    said: list[str] = []
+    evidence = run(quick=True, seeds=1, progress=said.append)
+    assert isinstance(evidence, Evidence) and evidence.slug == "adaquant"
+    assert [check.name[:3] for check in evidence.checks] == ["(a)", "(b)", "(c)", "(d)", "(e)", "(e)"]
+    assert all(math.isfinite(check.measured) for check in evidence.checks)
+    rows = {row["method"]: row for row in evidence.table}
+    assert rows["full precision"]["accuracy"] > 0.95
+    assert rows["AdaQuant"]["layer_mse"] < rows["MSE ranges"]["layer_mse"]
+    assert rows["integer program"]["calibration_loss"] <= rows["uniform"]["calibration_loss"]
+    assert evidence.notes[0].startswith("W3A4") and said
+
+
+def test_random_policies_keep_to_the_size():
+    weights = {str(i): 100 * (i + 1) for i in range(6)}
+    limit = sum(weights.values()) * 3 / 8
+    for policy in _policies(weights, limit, 20):
+        taken = sum(weights[path] * bits for path, bits in policy.items()) / 8
+        assert 0.95 * limit <= taken <= limit
