@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stored_samples import low_rank, normal, quantized, random_mask, relative, sparse, state_bytes
 from torch import Tensor, nn
 
 from layerwright.core.errors import InputError
@@ -18,6 +17,7 @@ from layerwright.core.treatment import LowRank, Quantize, Sparsify, Treatments
 from layerwright.nn import LowRankStack, PackedStack, SparseStack, module_from_spec, replace_parameter_
 from layerwright.nn.experts import ExpertStack
 from layerwright.nn.stored import Stored
+from stored_samples import low_rank, normal, quantized, random_mask, relative, sparse, state_bytes
 
 FORMS = ["packed", "sparse", "sparse packed", "low rank", "low rank packed"]
 INT = Quantize(4, 8, False, "rtn")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stored_samples import normal, quantized, relative
 
 from layerwright.core.errors import InputError
 from layerwright.core.treatment import Quantize
@@ -10,6 +9,7 @@ from layerwright.nn import kernels
 from layerwright.nn.kernels import Int4Weight, Int8Weight, build_kernel, int8_matmul
 from layerwright.nn.packing import pack
 from layerwright.nn.stored import Stored
+from stored_samples import normal, quantized, relative
 
 needs_kernels = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="no fast integer products here"

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stored_samples import DTYPES, low_rank, normal, relative, state_bytes
 from torch import nn
 
 from layerwright.core.errors import InputError
@@ -16,6 +15,7 @@ from layerwright.core.treatment import LowRank, Quantize
 from layerwright.nn import LowRankConv, LowRankLinear, QuantLinear, module_from_spec
 from layerwright.nn.conv_settings import ConvSettings
 from layerwright.nn.stored import Stored
+from stored_samples import DTYPES, low_rank, normal, relative, state_bytes
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """The inner activations are rounded too."""

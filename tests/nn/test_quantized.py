@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stored_samples import DTYPES, normal, quantized, relative, state_bytes
 from torch import Tensor, nn
 
 from layerwright.core.errors import InputError
@@ -19,6 +18,7 @@ from layerwright.nn import QuantConv, QuantEmbedding, QuantLinear, module_from_s
 from layerwright.nn.conv_settings import ConvSettings
 from layerwright.nn.quantized_weight import scaled_codes
 from layerwright.nn.quantizer import dequantize, quantize_tokens
+from stored_samples import DTYPES, normal, quantized, relative, state_bytes
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 """Relative to a float64 product: rounding of the dense weight and of the result (2**-9 each in bfloat16)."""

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from stored_samples import low_rank, normal, quantized, random_mask, sparse, state_bytes
 from torch import Tensor, nn
 
 from layerwright.core.errors import InputError
@@ -29,6 +28,7 @@ from layerwright.nn import (
 from layerwright.nn.quantizer import find_scale, quantize
 from layerwright.nn.stored import Stored
 from layerwright.nn.tied import TiedEmbedding, TiedLinear
+from stored_samples import low_rank, normal, quantized, random_mask, sparse, state_bytes
 from zoo import ZOO
 
 INT4 = Quantize(4, -1, True, "rtn")

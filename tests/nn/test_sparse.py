@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stored_samples import DTYPES, normal, quantized, random_mask, relative, sparse, state_bytes
 from torch import Tensor, nn
 
 from layerwright.core.errors import InputError
@@ -20,6 +19,7 @@ from layerwright.nn.packing import pack_mask
 from layerwright.nn.quantizer import quantize_tokens
 from layerwright.nn.sparse_weight import expand_rows
 from layerwright.nn.stored import Stored
+from stored_samples import DTYPES, normal, quantized, random_mask, relative, sparse, state_bytes
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from export_samples import cast_, int4, linears, rtn, sample, treat
 from torch import nn
-from zoo import ZOO, logits
 
+from export_samples import cast_, int4, linears, rtn, sample, treat
 from layerwright.core.checkpoint import Checkpoint
 from layerwright.core.errors import CheckpointError
 from layerwright.core.treatment import Sparsify
 from layerwright.treat.export import _compressed_tensors, dense_copy, export_model
+from zoo import ZOO, logits
 
 FORMAT = "compressed-tensors"
 
@@ -52,7 +52,7 @@ def test_mixed_formats_match_within_the_rounding_of_activations(tmp_path: Path) 
 
 
 def test_names_and_bytes_on_disk(tmp_path: Path) -> None:
-    model, batches = ZOO["llama"]()
+    model, _ = ZOO["llama"]()
     first, second, *_ = linears(model)
     small = treat(model, {first: (int4,), second: (rtn(8, act_bits=8),)})
     checkpoint = Checkpoint.open(export_model(small, tmp_path / "out", FORMAT))
@@ -69,7 +69,7 @@ def test_names_and_bytes_on_disk(tmp_path: Path) -> None:
 
 def test_a_mixture_of_experts_loads_with_quantized_attention(tmp_path: Path) -> None:
     model, batches = ZOO["mixtral"]()
-    small = treat(model, {path: (int4,) for path in linears(model)})
+    small = treat(model, dict.fromkeys(linears(model), (int4,)))
     out = export_model(small, tmp_path / "out", FORMAT)
     assert torch.equal(logits(auto(out), batches[0]), logits(dense_copy(small), batches[0]))
 

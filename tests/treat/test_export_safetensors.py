@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_samples import linears, plan_of, rtn, sample, treat
 from safetensors.torch import load_file, save_file
-from zoo import ZOO, logits
 
+from export_samples import linears, plan_of, rtn, sample, treat
 from layerwright.core.checkpoint import Checkpoint
 from layerwright.core.errors import CheckpointError, InputError
 from layerwright.core.layers import list_layers
@@ -19,6 +18,7 @@ from layerwright.core.storage import stored_bytes
 from layerwright.core.treatment import LowRank, Quantize
 from layerwright.data.loading import load
 from layerwright.treat.export import FORMATS, dense_copy, export_model
+from zoo import ZOO, logits
 
 FORMS = {
     "quantized": "llama",
@@ -131,6 +131,21 @@ def test_a_head_parted_from_its_table_stays_parted(tmp_path: Path) -> None:
     assert torch.equal(logits(again, batches[0]), logits(small, batches[0]))
     assert model.config.tie_word_embeddings
     assert torch.equal(logits(load(export_model(small, tmp_path / "own"))[0], batches[0]), logits(small, batches[0]))
+
+
+def test_a_dense_head_of_its_own_stays_apart_among_treated_layers(tmp_path: Path) -> None:
+    import transformers
+
+    model, batches = ZOO["qwen3"]()
+    head = next(ref.path for ref in list_layers(model) if ref.tied)
+    small = dense_copy(treat(model, {head: (rtn(2),)}))  # a head with a plain weight of its own
+    small = treat(small, {path: (rtn(4, 16),) for path in linears(small)})
+    expected = logits(small, batches[0])
+    assert torch.equal(logits(load(export_model(small, tmp_path / "own"))[0], batches[0]), expected)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        export_model(small, tmp_path / "ct", "compressed-tensors")
+    )
+    assert torch.equal(logits(theirs.eval(), batches[0]), logits(dense_copy(small), batches[0]))
 
 
 @pytest.mark.parametrize(

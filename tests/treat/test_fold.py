@@ -56,7 +56,10 @@ class OutOfOrder(nn.Module):
 
 CASES = {
     "plain": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), (2, 3, 64, 64)),
-    "no bias, grouped": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2, bias=False), nn.BatchNorm2d(8)), (2, 4, 9, 9)),
+    "no bias, grouped": (
+        lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2, bias=False), nn.BatchNorm2d(8)),
+        (2, 4, 9, 9),
+    ),
     "depthwise 1d": (lambda: nn.Sequential(nn.Conv1d(4, 4, 3, groups=4), nn.BatchNorm1d(4)), (2, 4, 9)),
     "linear": (lambda: nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False)), (3, 5)),
     "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 2, 2, groups=2), nn.BatchNorm2d(6)), (2, 4, 5, 5)),

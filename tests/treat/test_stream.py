@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from zoo import ZOO
 
 from layerwright.core.calibration import Calibration
 from layerwright.core.errors import CheckpointError
@@ -21,6 +20,7 @@ from layerwright.data.loading import load
 from layerwright.treat.apply import apply_plan
 from layerwright.treat.stream import apply_checkpoint, streams
 from layerwright.treat.writer import PROGRESS
+from zoo import ZOO
 
 NAMES = ["llama", "qwen2", "gpt2", "t5", "bert", "vit", "resnet", "swin", "mixtral", "whisper"]
 
@@ -103,14 +103,14 @@ def _die_on(folder: Path, out: Path, name: str, after: int) -> None:
 def test_another_plan_does_not_take_up_the_run(tmp_path: Path) -> None:
     model, data, plan = _saved("llama", tmp_path / "in")
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(_path: str, done: int, _total: int) -> None:
         if done > 1:
-            raise Stop
+            raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         apply_checkpoint(tmp_path / "in", plan, data, tmp_path / "out", progress=stop)
     other = Plan(layers={next(iter(plan.layers)): (Quantize(8, method="rtn"),)})
     with pytest.raises(CheckpointError, match="another run"):

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import ZOO
 
 from layerwright.core.calibration import logits_of
 from layerwright.core.errors import InputError
@@ -12,11 +11,14 @@ from layerwright.core.treatment import Drop, Quantize
 from layerwright.treat.apply import apply_plan
 from layerwright.tune import distill, distill_layers
 from layerwright.tune.distill import logit_divergence
+from zoo import ZOO
 
 
 def rounded(simulate: bool = True) -> tuple[nn.Module, nn.Module, list[dict[str, Tensor]]]:
     teacher, batches = ZOO["llama"]()
-    plan = {r.path: (Quantize(3, method="rtn"),) for r in list_layers(teacher) if r.kind == "linear" and r.block is not None}
+    plan = {
+        r.path: (Quantize(3, method="rtn"),) for r in list_layers(teacher) if r.kind == "linear" and r.block is not None
+    }
     return teacher, apply_plan(teacher, plan, simulate=simulate)[0], batches
 
 

@@ -5,7 +5,6 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import ZOO, logits
 
 from layerwright.core.calibration import as_calibration
 from layerwright.core.errors import InputError
@@ -16,6 +15,7 @@ from layerwright.nn.lora import LoraLinear
 from layerwright.treat.apply import apply_plan
 from layerwright.tune import TUNERS, full, lora
 from layerwright.tune.lora import attach_lora, lora_targets, ranks_for
+from zoo import ZOO, logits
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -29,7 +29,11 @@ def same(before: dict[str, Tensor], model: nn.Module) -> bool:
 
 def packed(name: str = "llama", bits: int = 3) -> tuple[nn.Module, list[dict[str, Tensor]]]:
     model, batches = ZOO[name]()
-    plan = {r.path: (Quantize(bits, method="rtn"),) for r in list_layers(model) if r.kind == "linear" and r.block is not None}
+    plan = {
+        r.path: (Quantize(bits, method="rtn"),)
+        for r in list_layers(model)
+        if r.kind == "linear" and r.block is not None
+    }
     return apply_plan(model, plan)[0], batches
 
 
@@ -91,7 +95,7 @@ def test_every_linear_of_the_blocks_is_a_target_in_both_layouts() -> None:
     assert {path.rpartition(".")[2] for path in lora_targets(gpt2)} == {"c_attn", "c_proj", "c_fc"}
     assert lora_targets(llama, ["q_proj"]) == tuple(f"model.layers.{i}.self_attn.q_proj" for i in range(4))
     assert lora_targets(llama, ["lm_head"]) == ("lm_head",)
-    with pytest.raises(InputError, match="q_prj.*did you mean"):
+    with pytest.raises(InputError, match=r"q_prj.*did you mean"):
         lora_targets(llama, ["q_prj"])
 
 
@@ -132,7 +136,7 @@ def test_packed_weights_keep_their_adapter() -> None:
     inner = [m for m in tuned.modules() if isinstance(m, LoraLinear)]
     assert len(inner) == 28
     assert all(isinstance(m.base, QuantLinear) for m in inner)
-    with pytest.raises(InputError, match="merge=False.*dequantize=True"):
+    with pytest.raises(InputError, match=r"merge=False.*dequantize=True"):
         lora(model, data, steps=1)
     dense = lora(model, data, merge=True, dequantize=True, steps=20, learning_rate=1e-2)
     assert not any(isinstance(m, LoraLinear | QuantLinear) for m in dense.modules())
@@ -206,3 +210,13 @@ def test_bad_input() -> None:
         full(model, as_calibration(batches, lambda m, b: m(**b).loss * float("nan")), steps=1)
     with pytest.raises(InputError, match="no linear layer"):
         lora(nn.Sequential(nn.BatchNorm1d(4)), [(torch.zeros(2, 4), torch.zeros(2))])
+
+
+def test_a_process_started_by_accelerate_trains_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = ZOO["llama"]()
+    plain = full(model, batches, steps=3, learning_rate=1e-3)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    launched = full(model, batches, steps=3, learning_rate=1e-3)
+    torch.testing.assert_close(logits(launched, batches[0]), logits(plain, batches[0]))
+    assert not torch.equal(logits(launched, batches[0]), logits(model, batches[0]))

@@ -23,6 +23,7 @@ from layerwright.cli.options import (
     Seed,
     TargetName,
 )
+from layerwright.cli.paths import check_outputs
 
 app = typer.Typer(
     name="layerwright",
@@ -105,6 +106,7 @@ def inspect(
     """
     from layerwright.recipes.inspect import inspect_model
 
+    check_outputs(folder=out)
     with progress_to(json) as progress:
         profile, found = inspect_model(
             model,
@@ -175,6 +177,7 @@ def plan(
     from layerwright.recipes.check import check_job
     from layerwright.recipes.job import decide
 
+    check_outputs(file=out, folder=scores)
     check_job(
         model, budget, recipe, target=target, data=data, samples=samples, length=length, device=device, dtype=dtype
     )

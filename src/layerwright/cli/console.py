@@ -19,7 +19,7 @@ _err = Console(stderr=True, highlight=False)
 
 
 def say(text: str, quiet: bool = False) -> None:
-    """A line for people, on standard error when JSON goes to standard output."""
+    """A line for people on standard output; nothing when `quiet`, where JSON goes there."""
     if not quiet:
         _out.print(text, markup=False, soft_wrap=True)
 

@@ -19,31 +19,41 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    import click
+    import typer
 
     from layerwright.cli.app import app
-    from layerwright.core.errors import CheckError
+    from layerwright.core.errors import CheckError, PlanError
 
+    # Not named in typer's public interface, and not click's own in every version of it.
+    usage_errors: tuple[type[Exception], ...] = tuple(
+        kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+    )
     try:
-        outcome = app(arguments, standalone_mode=False)
+        outcome = app(arguments, prog_name="layerwright", standalone_mode=False)
         return outcome if isinstance(outcome, int) else 0
-    except (click.exceptions.Exit, SystemExit) as leave:
+    except (typer.Exit, SystemExit) as leave:
         return int(getattr(leave, "exit_code", getattr(leave, "code", 0)) or 0)
-    except CheckError as error:
+    except (CheckError, PlanError) as error:
         for problem in error.problems:
             _complain(problem)
         return 2
-    except click.ClickException as error:
-        _complain(error.format_message())
+    except usage_errors as error:
+        _complain(_usage(error))
         return 2
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        _complain("interrupted; what was finished is kept: run the same command again to go on")
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted; a finished `apply` block is kept: run the same command again to go on")
         return 130
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("LAYERWRIGHT_TRACEBACK"):
             raise
         _complain(str(error) or type(error).__name__)
         return 2
+
+
+def _usage(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    command = getattr(context, "command_path", None) or "layerwright"
+    return f"{getattr(error, 'format_message', error.__str__)().rstrip('.')}; see `{command} --help`"
 
 
 def _complain(message: str) -> None:

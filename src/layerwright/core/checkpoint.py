@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from layerwright.core.errors import CheckpointError
 
-__all__ = ["Checkpoint", "build_empty", "empty_parameters", "model_class", "read_config"]
+__all__ = ["Checkpoint", "build_empty", "empty_parameters", "model_class", "model_config", "read_config"]
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "model.bin")
@@ -150,7 +150,17 @@ def read_header(path: Path) -> dict[str, Any]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            for name, entry in header.items():
+                start, stop = entry["data_offsets"]
+                size_of_one = _element_bytes(entry["dtype"]) * _product(entry["shape"])
+                # Types of less than a byte are packed; everything else fills its place exactly.
+                if (
+                    start < 0
+                    or stop - start > size_of_one
+                    or (entry["dtype"] in _WIDTHS and stop - start < size_of_one)
+                ):
+                    raise ValueError(f"{name} has {stop - start} bytes for the shape {entry['shape']}")
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} has a corrupted header ({error})") from error
     if size - 8 - length != end:
         raise CheckpointError(
@@ -166,11 +176,28 @@ def _element_bytes(dtype: str) -> int:
     return _WIDTHS.get(dtype, 1)
 
 
-def _product(shape: tuple[int, ...]) -> int:
+def _product(shape: Sequence[int]) -> int:
     result = 1
     for size in shape:
         result *= size
     return result
+
+
+def model_config(folder: str | Path) -> Any:
+    """The transformers configuration in `folder`; no code of the checkpoint runs.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture, or refuses a value.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of many kinds: validators of every configuration class
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{folder}/config.json cannot be used ({reason}): expected an architecture of transformers"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -184,7 +211,7 @@ def empty_parameters() -> Iterator[None]:
             empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
             module._parameters[name] = empty
 
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -212,6 +239,7 @@ def build_empty(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     build = cls._from_config if hasattr(cls, "_from_config") else cls.from_config
     with empty_parameters():
         model: nn.Module = build(config, **({"dtype": dtype} if dtype is not None else {}))
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
     return model.eval()

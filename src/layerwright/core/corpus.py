@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def read_texts(path: str | Path) -> list[str]:
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         texts = [
-            _json_text(path, number, line) for number, line in enumerate(path.open(encoding="utf-8"), 1) if line.strip()
+            _json_text(path, number, line)
+            for number, line in enumerate(path.open(encoding="utf-8", errors="replace"), 1)
+            if line.strip()
         ]
     elif suffix == ".parquet":
         table = require_extra("pyarrow.parquet", "data").read_table(path)
@@ -66,14 +69,22 @@ def read_arrays(path: str | Path) -> tuple[Tensor, Tensor]:
         raise FileNotFoundError(f"no array file at {path}: give an .npz file with arrays x and y")
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
+            if not hasattr(arrays, "files"):
+                raise ValueError("one bare array")
             missing = {"x", "y"} - set(arrays.files)
             if missing:
                 raise InputError(f"{path} holds {', '.join(arrays.files)}; expected the arrays x and y")
-            inputs, labels = torch.from_numpy(arrays["x"]).float(), torch.from_numpy(arrays["y"]).long()
-    except (ValueError, OSError) as error:
+            x, y = arrays["x"], arrays["y"]
+            if x.dtype.kind not in "fiub" or y.dtype.kind not in "iu" or y.ndim != 1:
+                raise InputError(
+                    f"{path}: expected numbers in x and one whole number a sample in y, got {x.dtype} and "
+                    f"{y.dtype} of shape {y.shape}"
+                )
+            inputs, labels = torch.from_numpy(x).float(), torch.from_numpy(y.astype("int64"))
+    except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is not a readable .npz file ({error})") from error
+        raise InputError(f"{path} is not a readable .npz file with arrays x and y ({error})") from error
     if len(inputs) != len(labels) or not len(inputs):
         raise InputError(
             f"{path}: x has {len(inputs)} samples and y has {len(labels)}; expected the same number above 0"

@@ -14,6 +14,7 @@ __all__ = [
     "InputError",
     "LayerwrightError",
     "MissingExtraError",
+    "NotFiniteError",
     "PlanError",
     "require_extra",
     "unknown_name",
@@ -33,11 +34,19 @@ class BudgetError(InputError):
 
 
 class PlanError(InputError):
-    """A plan that is malformed, contradictory, or belongs to another model."""
+    """A plan that is malformed, contradictory, or belongs to another model; `problems` lists several one by one."""
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        self.problems = tuple(problems) or (message,)
+        super().__init__(message)
 
 
 class CheckpointError(InputError):
     """A checkpoint that cannot be read or written."""
+
+
+class NotFiniteError(CheckpointError):
+    """A checkpoint whose weights hold NaN or infinite values."""
 
 
 class CheckError(InputError):

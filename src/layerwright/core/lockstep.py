@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ class Lockstep:
                 path = waiting[0].path
                 group = [p for p in waiting if p.path == path]
                 calls = [p.call for p in group if p.call is not None]
-                self._current = Stop(path, calls, visits.get(path, 0), lambda call, path=path: self._run(path, call))
+                self._current = Stop(path, calls, visits.get(path, 0), partial(self._run, path))
                 yield self._current
                 visits[path] = visits.get(path, 0) + 1
                 self._current = None
@@ -307,7 +308,8 @@ def _revive(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
         return data["constant"]
     if "dict" in data:
         return {key: _revive(item, tensors) for key, item in data["dict"].items()}
-    items = [_revive(item, tensors) for item in data.get("tuple", data.get("list"))]
+    listed: list[dict[str, Any]] = data["tuple"] if "tuple" in data else data["list"]
+    items = [_revive(item, tensors) for item in listed]
     return tuple(items) if "tuple" in data else items
 
 

@@ -132,7 +132,7 @@ class _Reader:
             except PlanError as error:
                 problems.append(str(error))
         if problems:
-            raise PlanError("; ".join(problems))
+            raise PlanError("; ".join(problems), problems)
         lines = {path: key.start_mark.line + 1 for path, (key, _) in nodes.items()}
         return {**given, "layers": layers, "reasons": reasons, "source": self.path, "lines": lines}
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from layerwright.core.checkpoint import Checkpoint, build_empty, model_class, read_config
+from layerwright.core.checkpoint import Checkpoint, build_empty, model_class, model_config, read_config
 from layerwright.core.errors import CheckpointError, InputError, unknown_name
 
 __all__ = ["DEMOS", "Modality", "Source", "load", "locate", "modality", "processor_for", "torch_dtype"]
@@ -123,6 +123,8 @@ def check_device(name: str | torch.device) -> torch.device:
     """
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise NotImplementedError("meta tensors hold no values")
         torch.empty(0, device=device)
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -133,7 +135,7 @@ def check_device(name: str | torch.device) -> torch.device:
 
 
 def load(
-    name: str | Path,
+    name: str | Path | Source,
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -157,32 +159,55 @@ def load(
 
 
 def _load_plain(source: Source, dtype: torch.dtype | None) -> nn.Module:
-    import transformers
+    from safetensors import SafetensorError
 
     Checkpoint.open(source.folder)  # headers, sizes and paths first: a clear error instead of a deep one
     with _quiet():
-        config = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        config = model_config(source.folder)
+        model: nn.Module
         try:
-            model: nn.Module = model_class(config).from_pretrained(
-                source.folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+            model, found = model_class(config).from_pretrained(
+                source.folder,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
             raise CheckpointError(f"{source.folder} does not load: {str(error).splitlines()[0]}") from error
+    missing = sorted(found.get("missing_keys", ()))
+    if missing:  # they would be drawn at random
+        raise CheckpointError(
+            f"{source.folder} lacks {len(missing)} tensor{'s' * (len(missing) > 1)} of {type(model).__name__}: {', '.join(missing[:4])}; "
+            "the download is incomplete, or config.json names the wrong architecture"
+        )
     return model
 
 
 def _load_treated(source: Source, dtype: torch.dtype | None) -> nn.Module:
-    import transformers
-
     from layerwright.nn.replace import rebuild_
 
     checkpoint = Checkpoint.open(source.folder)
-    config = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    config = model_config(source.folder)
     stored = torch_dtype(str(source.config.get("dtype", "float32")).removeprefix("torch."))
     model = build_empty(config, stored)
     rebuild_(model, source.structure or {})
     assign_tensors(model, checkpoint)
-    return model if dtype is None else model.to(dtype)
+    return model if dtype is None else _cast_saved(model, dtype)
+
+
+def _cast_saved(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Saved floating tensors in `dtype`; computed buffers (rotary frequencies) keep their own, as on loading."""
+    kept = {
+        (module, name): value
+        for module in model.modules()
+        for name, value in module._buffers.items()
+        if name in module._non_persistent_buffers_set
+    }
+    model = model.to(dtype)
+    for (module, name), value in kept.items():
+        module._buffers[name] = value
+    return model
 
 
 def assign_tensors(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -202,11 +227,17 @@ def assign_tensors(model: nn.Module, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.folder}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
             )
     model.load_state_dict(state, strict=False, assign=True)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    retie_(model)
     missing = [n for n, t in model.state_dict(keep_vars=True).items() if t.device.type == "meta"]
     if missing:
         raise CheckpointError(f"{checkpoint.folder} lacks {len(missing)} tensors: {', '.join(missing[:4])}")
+
+
+def retie_(model: nn.Module) -> None:
+    """Share tied weights again, where the model says which are tied."""
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
 
 
 def refuse_nan(model: nn.Module, name: str) -> None:
@@ -229,12 +260,19 @@ def processor_for(source: Source) -> Any:
     import transformers
 
     files = {path.name for path in source.folder.iterdir()}
+    kind: Any = None
+    if {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"} & files:
+        kind = transformers.AutoTokenizer
+    elif "preprocessor_config.json" in files and source.name not in DEMOS:
+        kind = transformers.AutoImageProcessor
+    if kind is None:
+        return None
     with _quiet():
-        if {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"} & files:
-            return transformers.AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
-        if "preprocessor_config.json" in files and source.name not in DEMOS:
-            return transformers.AutoImageProcessor.from_pretrained(source.folder, local_files_only=True)
-    return None
+        try:
+            return kind.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises bare ones
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{source.folder}: its tokenizer or processor cannot be read ({reason})") from error
 
 
 class _quiet:  # noqa: N801 - reads as a statement

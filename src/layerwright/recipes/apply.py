@@ -11,18 +11,18 @@ from typing import Any
 from torch import nn
 
 from layerwright.core.checkpoint import Checkpoint
-from layerwright.core.errors import CheckError, CheckpointError
+from layerwright.core.errors import CheckError, CheckpointError, LayerwrightError, NotFiniteError, PlanError
 from layerwright.core.forecast import Forecast
 from layerwright.core.layers import list_layers
 from layerwright.core.memory import peak_memory_bytes
 from layerwright.core.plan import Plan
 from layerwright.core.records import ApplyReport
-from layerwright.data.loading import load, locate
+from layerwright.data.loading import Source, check_device, load, locate, torch_dtype
 from layerwright.recipes.bench import read_data
 from layerwright.recipes.forecast import forecast_apply
 from layerwright.treat.apply import apply_plan
 from layerwright.treat.stream import apply_checkpoint, empty_model, fingerprint_checkpoint, streams
-from layerwright.treat.writer import copy_side_files, prepare_folder, save_model
+from layerwright.treat.writer import check_folder, copy_side_files, prepare_folder, save_model
 
 __all__ = ["ApplyResult", "apply_job"]
 
@@ -65,6 +65,8 @@ def refuse_plan(plan: Plan, skeleton: nn.Module, folder: Path) -> None:
     refs = list_layers(skeleton)
     try:
         fingerprint = fingerprint_checkpoint(skeleton, Checkpoint.open(folder))
+    except NotFiniteError:
+        raise
     except CheckpointError:
         fingerprint = ""  # names are converted on loading: compared once the model is loaded
     problems = plan.check(
@@ -75,6 +77,38 @@ def refuse_plan(plan: Plan, skeleton: nn.Module, folder: Path) -> None:
     )
     if problems:
         raise CheckError(problems)
+
+
+def _check(
+    model: str | Path,
+    plan: str | Path,
+    out: str | Path,
+    dtype: str | None,
+    device: str,
+    *,
+    force: bool,
+    resume: bool,
+) -> tuple[Source, Plan]:
+    """Everything that can be known before a weight is loaded, all problems together."""
+    problems: list[str] = []
+    found: dict[str, Any] = {}
+    looks: dict[str, Callable[[], Any]] = {
+        "plan": lambda: Plan.load(plan),
+        "model": lambda: locate(model),
+        "dtype": lambda: torch_dtype(dtype),
+        "device": lambda: check_device(device),
+        "out": lambda: check_folder(out, force=force, resume=resume),
+    }
+    for name, look in looks.items():
+        try:
+            found[name] = look()
+        except PlanError as error:
+            problems.extend(error.problems)
+        except (LayerwrightError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckError(problems)
+    return found["model"], found["plan"]
 
 
 def apply_job(
@@ -101,14 +135,13 @@ def apply_job(
         PlanError, CheckError, CheckpointError: before any weight is loaded.
     """
     begun = time.perf_counter()
-    decided = Plan.load(plan)
-    source = locate(model)
-    skeleton = empty_model(source.folder)
-    refuse_plan(decided, skeleton, source.folder)
-    calibration, _ = read_data(source, data, samples=samples, length=length)
     reason = (
         "asked to load it whole" if whole else "" if dtype is None and device == "cpu" else "another dtype or device"
     )
+    source, decided = _check(model, plan, out, dtype, device, force=force, resume=not reason)
+    skeleton = empty_model(source.folder)
+    refuse_plan(decided, skeleton, source.folder)
+    calibration, _ = read_data(source, data, samples=samples, length=length)
     if source.structure:
         reason = "it is treated already"
     reason = reason or streams(source.folder)
@@ -120,9 +153,10 @@ def apply_job(
             source.folder, decided, calibration, out, progress=progress, force=force, name=source.name
         )
     else:
-        folder = prepare_folder(out, force=force)
+        folder = check_folder(out, force=force, resume=False)
         network, processor = load(source, dtype=dtype, device=device)
         treated, report = apply_plan(network, decided, calibration.to(device), progress=progress)
+        prepare_folder(folder, force=True, resume=False)
         save_model(treated, folder, force=True)
         copy_side_files(source.folder, folder, processor)
         decided.save(folder / "plan.yaml")

@@ -79,6 +79,44 @@ def read_data(
     """``(calibration, held out)`` for a model, before it is loaded."""
     if data is not None and not isinstance(data, str | Path):
         return split_data(as_calibration(data))
+    parts = _read_data(source, data, samples, length, heldout_samples)
+    for part in parts:
+        _refuse_misfits(source, part)
+    return parts
+
+
+def _refuse_misfits(source: Source, data: Calibration) -> None:
+    """Raise `InputError` for tokens, images or labels that the model of `source` cannot take."""
+    config = source.config
+    vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    # Configurations leave out the labels where they are the two of the default.
+    classes = len(config.get("id2label") or ()) or config.get("num_labels") or 2
+    channels, size = config.get("num_channels"), config.get("image_size")
+    for batch in data.batches:
+        ids, images = batch.get("input_ids"), batch.get("pixel_values")
+        if ids is not None and vocabulary and int(ids.max()) >= vocabulary:
+            raise InputError(
+                f"{source.name}: its tokenizer makes the id {int(ids.max())}, and its vocabulary ends at {vocabulary - 1}: "
+                "the tokenizer belongs to another model"
+            )
+        if images is not None:
+            wanted = (channels or "any", *(size if isinstance(size, list | tuple) else [size or "any"] * 2))
+            given = tuple(images.shape[1:])
+            if len(given) != 3 or any(w not in ("any", g) for w, g in zip(wanted, given, strict=True)):
+                raise InputError(
+                    f"{data.name}: got samples of shape {given}, and {source.name} takes (channels, height, width) = "
+                    f"({', '.join(map(str, wanted))})"
+                )
+            low, high = int(batch["labels"].min()), int(batch["labels"].max())
+            if low < 0 or high >= classes:
+                raise InputError(
+                    f"{data.name}: labels reach from {low} to {high}, and {source.name} has {classes} classes"
+                )
+
+
+def _read_data(
+    source: Source, data: str | Path | None, samples: int, length: int, heldout_samples: int
+) -> tuple[Calibration, Calibration]:
     processor = processor_for(source)
     if data is None and source.name in DEMOS:
         heldout = 360 if source.name != "demo:lm" else heldout_samples
@@ -99,10 +137,21 @@ def read_data(
                 for text, count in zip(parts, wanted, strict=True)
             )
             return first, second
+        if Path(data).is_dir():
+            raise InputError(f"{data} is a folder, and {source.name} reads text: give a .txt, .jsonl or .parquet file")
         return split_data(Calibration.from_text(data, processor, samples + heldout_samples, length))
     if data is None:
         raise InputError(
             f"{source.name} needs data: pass --data with a folder of class folders or an .npz with x and y"
+        )
+    if not Path(data).exists():
+        raise FileNotFoundError(
+            f"no data at {data}: {source.name} takes a folder of class folders, or an .npz with x and y"
+        )
+    if Path(data).is_file() and Path(data).suffix.lower() != ".npz":
+        raise InputError(
+            f"{data} is a {Path(data).suffix or 'plain'} file, and {source.name} reads images: give a folder of class "
+            "folders, or an .npz with x and y"
         )
     if Path(data).is_dir():
         return split_data(Calibration.from_images(data, processor, samples=None))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ from layerwright.core.budget import Budget
 from layerwright.core.checkpoint import Checkpoint
 from layerwright.core.errors import BudgetError, CheckError, InputError
 from layerwright.core.forecast import Forecast
+from layerwright.core.layer import LayerRef
 from layerwright.core.layers import list_layers, saved_tensors, treatable
 from layerwright.core.plan import Plan
+from layerwright.core.recipe import Recipe
+from layerwright.core.registry import Registry
+from layerwright.core.storage import stored_bytes
 from layerwright.core.target import target as target_named
+from layerwright.core.treatment import Treatments
 from layerwright.data.loading import check_device, locate, torch_dtype
 from layerwright.recipes.bench import read_data
 from layerwright.recipes.book import default_recipe, recipe
@@ -61,11 +67,14 @@ def check_job(
 
     limits = attempt(lambda: Budget.parse(budget))
     chosen = attempt(lambda: recipe(recipe_name) if recipe_name else default_recipe(limits) if limits else None)
+    if chosen is not None:
+        for registry, name in _parts(chosen):
+            attempt(partial(registry.get, name))
     goal = attempt(lambda: target_named(target))
     attempt(lambda: torch_dtype(dtype))
     attempt(lambda: check_device(device))
     if out is not None:
-        attempt(lambda: check_folder(out, force=force))
+        attempt(lambda: check_folder(out, force=force, resume=False))
     source = attempt(lambda: locate(model))
     if source is None:
         raise CheckError(problems)
@@ -80,16 +89,14 @@ def check_job(
     if not refs:
         raise CheckError([f"{source.name} has no layer that can be treated"])
     for need in chosen.needs:
-        attempt(lambda need=need: _require(need, skeleton, chosen.name))
+        attempt(partial(_require, need, skeleton, chosen.name))
     if goal.format in ("gguf", "compressed-tensors", "onnx"):
         attempt(lambda: _require_extra(goal.format))
     width = next(t.element_size() for n, t in saved_tensors(skeleton) if n == refs[0].parameter)
     candidates = candidates_for(refs, chosen, goal, width)
     if not any(candidates.values()) and not chosen.drop_blocks:
         problems.append(f"recipe {chosen.name} has no treatment that {goal.name} loads and that fits {source.name}")
-    smallest = {
-        ref.path: min(candidates[ref.path], key=lambda t, ref=ref: _size(ref, t, width), default=()) for ref in refs
-    }
+    smallest = {ref.path: _smallest(ref, candidates[ref.path], width) for ref in refs}
     attempt(lambda: _reachable(limits, skeleton, refs, smallest, width, chosen, checkpoint.total_bytes))
     plan = Plan(layers={path: t for path, t in smallest.items() if t})
     forecast = forecast_apply(skeleton, plan, split[0], streamed=False)
@@ -105,9 +112,23 @@ def check_job(
     return forecast
 
 
-def _size(ref: Any, treatments: Any, width: int) -> int:
-    from layerwright.core.storage import stored_bytes
+def _parts(chosen: Recipe) -> list[tuple[Registry[Any], str]]:
+    """What a recipe names, and where it must be known."""
+    import layerwright.score  # noqa: F401 - fills the registry of scorers
+    from layerwright.allocate import ALLOCATORS
+    from layerwright.score.base import SCORERS
+    from layerwright.tune import TUNERS
 
+    tuner = [(TUNERS, chosen.tuner)] if chosen.tuner else []
+    dropping = [(SCORERS, chosen.drop_scorer)] if chosen.drop_blocks else []
+    return [(SCORERS, chosen.scorer), (ALLOCATORS, chosen.allocator), *dropping, *tuner]
+
+
+def _smallest(ref: LayerRef, options: Sequence[Treatments], width: int) -> Treatments:
+    return min(options, key=lambda treatments: _size(ref, treatments, width), default=())
+
+
+def _size(ref: LayerRef, treatments: Treatments, width: int) -> int:
     return stored_bytes(treatments, *ref.shape, ref.count, width)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,16 @@ from layerwright.score.base import SCORERS, Subject
 from layerwright.score.costs import find_blocks_or_none, profile_model
 from layerwright.treat.probe import treat_weights
 
-__all__ = ["Decision", "decide", "element_bytes", "measure_scores", "plan_model", "uniform_layers"]
+__all__ = [
+    "Decision",
+    "decide",
+    "element_bytes",
+    "measure_scores",
+    "plan_model",
+    "protected_blocks",
+    "removal_damages",
+    "uniform_layers",
+]
 
 Progress = Callable[[str, int, int], None]
 
@@ -92,9 +103,7 @@ def measure_scores(
             blocks=[path for stack in blocks for path in stack.names],
             treat=treat_weights,
             seed=seed,
-            progress=None
-            if progress is None
-            else lambda done, total, name=name: progress(f"scoring: {name}", done, total),
+            progress=None if progress is None else partial(progress, f"scoring: {name}"),
         )
         found[purpose] = SCORERS.get(name)(subject, **settings)
         if folder is not None:
@@ -166,13 +175,14 @@ def decide(
         scores.get("layers"),
         element_bytes=width,
         blocks=blocks,
-        drop_scores=scores.get("blocks"),
+        drop_scores=removal_damages(scores["blocks"]) if "blocks" in scores else None,
     )
     if groups:
         table = merge_ties(table, groups)
     table = filter_target(table, the_target)
     bounds = limits_of(limits, table, refs, the_recipe.group_size, width)
-    allocation = ALLOCATORS.get(the_recipe.allocator)(table, bounds, seed=seed, **the_recipe.allocator_settings)
+    settings = protected_blocks(the_recipe.allocator_settings, sum(len(stack) for stack in blocks))
+    allocation = ALLOCATORS.get(the_recipe.allocator)(table, bounds, seed=seed, **settings)
     plan = Plan.from_allocation(
         allocation,
         model={
@@ -187,6 +197,28 @@ def decide(
         base_loss=profile.loss,
     )
     return Decision(plan, allocation, table, profile, refs, bounds, the_recipe, the_target, scores)
+
+
+def removal_damages(scores: Scores) -> Scores:
+    """Block scores as damages of removal: perplexities become losses above the base, in the same order; a block that
+    counts as indispensable (an infinite score) is no candidate. Other scores stay as they are.
+    """
+    found = {path: value for path, value in scores.sensitivities.items() if math.isfinite(value)}
+    if scores.scorer == "block_perplexity":
+        found = {path: math.log(value) - (scores.base_loss or 0.0) for path, value in found.items()}
+    return replace(scores, sensitivities=found)
+
+
+def protected_blocks(settings: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """Allocator settings with `protect_first` and `protect_last` as counts: a share below 1 is one of all blocks,
+    rounded up.
+    """
+    shares = {
+        key: math.ceil(value * depth - 1e-9)
+        for key, value in settings.items()
+        if key in ("protect_first", "protect_last") and isinstance(value, float) and 0 < value < 1
+    }
+    return {**settings, **shares}
 
 
 def plan_model(bench: Bench, budget: str | Budget, chosen: str | Recipe | None = None, **settings: Any) -> Plan:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ def measure(
             samples=len(losses),
             bytes=stored_bytes_of(model),
             params=logical_parameters(model),
-            flops=count_flops(model, lambda model=model, single=single: calibration.forward(model, single)).get("", 0.0),
+            flops=count_flops(model, partial(calibration.forward, model, single)).get("", 0.0),
             ms=times[name],
             speed=speeds.get(name, {}),
             speed_unit=unit,
@@ -132,7 +133,8 @@ def logical_parameters(model: nn.Module) -> int:
     count = sum(p.numel() for p in model.parameters())
     for module in model.modules():
         if hasattr(module, "logical_parameters"):
-            count += int(module.logical_parameters())
+            counted: Any = module.logical_parameters
+            count += int(counted())
     return count
 
 
@@ -217,7 +219,7 @@ def _interleaved(runs: Mapping[str, Callable[[], object]], seconds: float) -> di
 @torch.no_grad()
 def _forward_times(models: Mapping[str, nn.Module], data: Calibration, batch: Any, seconds: float) -> dict[str, float]:
     single = _resize(batch, 1)
-    runs = {name: (lambda model=model: data.forward(model, single)) for name, model in models.items()}
+    runs = {name: partial(data.forward, model, single) for name, model in models.items()}
     return {name: 1000 * value for name, value in _interleaved(runs, seconds).items()}
 
 
@@ -234,9 +236,7 @@ def _speeds(
             runs = {name: _decoder(model, sized["input_ids"][:, :32]) for name, model in models.items()}
             items = size * DECODED
         else:
-            runs = {
-                name: (lambda model=model, sized=sized: data.forward(model, sized)) for name, model in models.items()
-            }
+            runs = {name: partial(data.forward, model, sized) for name, model in models.items()}
             items = sized["input_ids"].numel() if text else size
         for name, value in _interleaved(runs, seconds).items():
             speeds[name][size] = items / value

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from layerwright.allocate import pareto
+from layerwright.allocate import ALLOCATORS, pareto
 from layerwright.core.calibration import Calibration, LossFunction
+from layerwright.core.checkpoint import INDEX
 from layerwright.core.cost import Cost
+from layerwright.core.errors import BudgetError, CheckpointError
 from layerwright.core.memory import peak_memory_bytes
 from layerwright.core.option import OptionTable
 from layerwright.core.plan import Plan
 from layerwright.core.recipe import Recipe
 from layerwright.core.records import ApplyReport
+from layerwright.core.target import target as target_of
 from layerwright.core.treatment import Treatments, describe, treatments_to_data
 from layerwright.recipes.bench import Bench, open_bench
 from layerwright.recipes.job import Decision, decide, element_bytes, uniform_layers
 from layerwright.recipes.measure import Measurement, measure
 from layerwright.treat.apply import apply_plan
-from layerwright.treat.writer import copy_side_files, prepare_folder, save_model, write_json
+from layerwright.treat.export import export_model
+from layerwright.treat.writer import check_folder, copy_side_files, prepare_folder, save_model, write_json
 
 __all__ = ["OptimizeResult", "optimize"]
 
@@ -103,7 +112,7 @@ def optimize(
         CheckError, InputError, FileNotFoundError: before anything is written.
     """
     begun = time.perf_counter()
-    folder = prepare_folder(out, force=force) if out is not None else None
+    folder = check_folder(out, force=force, resume=False) if out is not None else None
     bench = open_bench(model, data, loss_fn=loss_fn, samples=samples, length=length, dtype=dtype, device=device)
     decision = decide(bench, budget, recipe, to=target, seed=seed, progress=progress)
     after, report = apply_plan(bench.model, decision.plan, bench.calibration, progress=progress)
@@ -121,12 +130,37 @@ def optimize(
         models["uniform"], _ = apply_plan(bench.model, layers, bench.calibration, progress=progress)
     measured = measure(models, bench.heldout, byte_tokens=bench.name == "demo:lm", seed=seed)
     seconds = time.perf_counter() - begun
-    content = report_data(bench, decision, report, measured, words, seconds)
+    arguments = ["--samples", str(samples), "--length", str(length)]
+    arguments += ["--data", str(data)] if isinstance(data, str | Path) else []
+    content = report_data(bench, decision, report, measured, words, seconds, arguments)
     if folder is not None:
-        _save(bench, decision, report, after, folder, content)
+        with _staged(folder) as temporary:
+            _save(bench, decision, report, after, temporary, content)
     return OptimizeResult(
         after, decision.plan, decision, report, measured, seconds, peak_memory_bytes(), folder, content
     )
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` whose files move there once all are written, so that a stop leaves nothing half done."""
+    parent = next(path for path in folder.absolute().parents if path.is_dir())
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
+        try:
+            yield temporary
+            prepare_folder(folder, force=True, resume=False)
+            # The index goes last: without it nothing takes the folder for a finished output.
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == INDEX):
+                if path.is_dir():
+                    shutil.rmtree(folder / path.name, ignore_errors=True)
+                path.replace(folder / path.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be written ({error.strerror or error}): is the disk full or read-only?"
+        ) from error
 
 
 def _fixed(decision: Decision) -> Cost:
@@ -136,8 +170,11 @@ def _fixed(decision: Decision) -> Cost:
 def _save(
     bench: Bench, decision: Decision, report: ApplyReport, after: nn.Module, folder: Path, content: Mapping[str, Any]
 ) -> None:
-    save_model(after, folder, force=True)
-
+    form = target_of(decision.plan.target).format
+    if form == "safetensors":
+        save_model(after, folder, force=True)
+    else:
+        export_model(after, folder, form, processor=bench.processor, force=True)
     copy_side_files(bench.source.folder if bench.source else None, folder, bench.processor)
     decision.plan.save(folder / "plan.yaml")
     for scores in decision.scores.values():
@@ -153,6 +190,7 @@ def report_data(
     measured: Mapping[str, Measurement],
     uniform_words: str,
     seconds: float,
+    arguments: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything the HTML report shows, as plain data."""
     import platform
@@ -160,6 +198,11 @@ def report_data(
     import torch
     import transformers
 
+    command = shlex.join(
+        f"layerwright optimize {bench.name} --budget {decision.plan.budget} --recipe {decision.recipe.name}".split()
+        + f"--target {decision.target.name} --seed {decision.plan.seed} -o out".split()
+        + list(arguments)
+    )
     chosen = {path: option for option in decision.allocation.chosen for path in option.covers}
     records = {record.layer: record for record in report}
     rows = []
@@ -211,6 +254,7 @@ def report_data(
         "limits": dict(decision.limits),
         "pareto": curve(decision.table),
         "uniform_curve": curve(decision.table, "uniform"),
+        "kinds": single_kinds(decision),
         "plan": decision.plan.to_yaml(),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -219,8 +263,7 @@ def report_data(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "command": f"layerwright optimize {bench.name} --budget {decision.plan.budget} --recipe {decision.recipe.name} "
-        f"--seed {decision.plan.seed}",
+        "command": command,
     }
 
 
@@ -240,8 +283,30 @@ def _sensitivity(decision: Decision, path: str) -> float | None:
     return min(options, key=lambda o: o.cost.bytes).damage if options else None
 
 
+def single_kinds(decision: Decision) -> list[dict[str, Any]]:
+    """Predicted damage at the same limits with one kind of treatment alone, and with all of them together."""
+    tags = sorted({t.tag for option in decision.table.options for t in option.treatments})
+    rows: list[dict[str, Any]] = [
+        {"kind": "together", "damage": decision.allocation.damage, "bytes": decision.allocation.cost.bytes}
+    ]
+    for tag in tags if len(tags) > 1 else ():
+        options = tuple(o for o in decision.table.options if all(t.tag == tag for t in o.treatments))
+        table = dataclasses.replace(decision.table, options=options)
+        try:
+            found = ALLOCATORS.get("integer")(table, decision.limits, seed=decision.plan.seed)
+        except BudgetError:
+            rows.append({"kind": tag, "damage": None, "bytes": None})
+            continue
+        rows.append({"kind": tag, "damage": found.damage, "bytes": found.cost.bytes})
+    return rows
+
+
 def curve(table: OptionTable, allocator: str = "integer", points: int = 16) -> list[dict[str, float]]:
-    """Predicted damage against bytes: the frontier of `allocator`."""
+    """Predicted damage against bytes: the frontier of `allocator`; empty where only blocks are dropped and `uniform`
+    has nothing to give.
+    """
+    if allocator == "uniform" and not any(t.scope == "weight" for o in table.options for t in o.treatments):
+        return []
     return [
         {"bytes": a.cost.bytes, "damage": a.damage, "loss": (table.base_loss or 0.0) + a.damage}
         for a in pareto(table, "bytes", points=points, allocator=allocator)

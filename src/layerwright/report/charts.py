@@ -74,9 +74,7 @@ def stack_chart(layers: Sequence[Layer], marks: Mapping[str, Mark]) -> Chart | N
     if any(layer.dropped for layer in shown):
         about += " Layers of dropped blocks keep only their pale bar."
     if hidden:
-        about += (
-            f" {hidden} layers outside the plan, each below 1 % of the largest, are only in the table of decisions."
-        )
+        about += f" {hidden} small layers, each below 1 % of the largest, are only in the table of decisions."
     height = 60 + _ROW_PIXELS * len(ticks)
     return Chart(
         "stack",

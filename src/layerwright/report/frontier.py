@@ -98,9 +98,7 @@ def _measurements(data: Mapping[str, Any]) -> list[_Series]:
         figures = (data.get("measured") or {}).get(key) or {}
         place, rise = finite(figures.get("bytes")), finite(figures.get("difference"))
         if place is not None and rise is not None:
-            bounds = figures.get("difference_interval")
-            known = numbers.interval(bounds) != numbers.MISSING
-            point = _Point(place, rise, (float(bounds[0]), float(bounds[1])) if known else None)
+            point = _Point(place, rise, numbers.bounds_of(figures.get("difference_interval")))
             series.append(_Series(f"{name}, measured", (point,), *looks[key]))
     return series
 

@@ -101,8 +101,8 @@ def _loss(after: Figures) -> str:
 
 
 def _holds_zero(figures: Figures) -> bool:
-    bounds = figures.get("difference_interval")
-    return numbers.interval(bounds) != MISSING and bounds[0] <= 0 <= bounds[1]  # type: ignore[index]
+    bounds = numbers.bounds_of(figures.get("difference_interval"))
+    return bounds is not None and bounds[0] <= 0 <= bounds[1]
 
 
 def _bounds(figures: Figures) -> str:

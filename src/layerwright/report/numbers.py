@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-__all__ = ["MISSING", "count", "finite", "interval", "milliseconds", "number", "percent", "ratio", "size"]
+__all__ = ["MISSING", "bounds_of", "count", "finite", "interval", "milliseconds", "number", "percent", "ratio", "size"]
 
 MISSING = "–"
 _BYTES = ("B", "kB", "MB", "GB", "TB")
@@ -16,6 +16,14 @@ def finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
+
+
+def bounds_of(value: Any) -> tuple[float, float] | None:
+    """Low and high of an interval, or None where `value` is no pair of finite numbers."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return None
+    low, high = finite(value[0]), finite(value[1])
+    return None if low is None or high is None else (low, high)
 
 
 def size(value: Any, like: Any = None) -> str:
@@ -48,16 +56,16 @@ def number(value: Any, digits: int = 4) -> str:
 def ratio(after: Any, before: Any) -> str:
     """``0.21x``, or a dash where there is nothing to compare with."""
     top, bottom = finite(after), finite(before)
-    return MISSING if top is None or not bottom else f"{top / bottom:.2f}x"
+    found = None if top is None or not bottom else finite(top / bottom)
+    return MISSING if found is None else f"{found:.2f}x"
 
 
 def interval(bounds: Any, digits: int = 4) -> str:
     """``0.0080 to 0.0141``, with as many decimals as the larger bound needs for `digits` significant digits."""
-    if not isinstance(bounds, list | tuple) or len(bounds) != 2:
+    found = bounds_of(bounds)
+    if found is None:
         return MISSING
-    low, high = finite(bounds[0]), finite(bounds[1])
-    if low is None or high is None:
-        return MISSING
+    low, high = found
     largest = max(abs(low), abs(high))
     decimals = 0 if largest == 0 else max(digits - 1 - math.floor(math.log10(largest)), 0)
     return f"{low:.{decimals}f} to {high:.{decimals}f}"
@@ -71,8 +79,8 @@ def milliseconds(value: Any) -> str:
 
 def percent(value: Any) -> str:
     """A share as ``98.4 %``."""
-    found = finite(value)
-    return MISSING if found is None else f"{found * 100:.1f} %"
+    found = finite((finite(value) or 0.0) * 100)
+    return MISSING if found is None or finite(value) is None else f"{found:.1f} %"
 
 
 def _scaled(value: Any, units: tuple[str, ...]) -> str:

@@ -24,6 +24,20 @@ __all__ = ["render", "write_report"]
 
 _MODELS = ("before", "after", "uniform")
 _MAP_COLUMNS = 24
+_FACTS = (
+    "architecture",
+    "budget",
+    "calibration",
+    "command",
+    "heldout",
+    "peak_memory_bytes",
+    "plan",
+    "recipe",
+    "seconds",
+    "seed",
+    "target",
+    "versions",
+)
 
 
 def render(data: Mapping[str, Any]) -> str:
@@ -47,9 +61,10 @@ def render(data: Mapping[str, Any]) -> str:
     charts = {chart.key: chart for chart in found if chart is not None}
     scripts = {"plotly": _plotly_script(), "page": _asset("page.js")}
     text: str = _template().render(
-        data=data,
+        data={name: data.get(name) for name in _FACTS},
         title=str(data.get("title") or "layerwright"),
         headline=headline(data),
+        kinds=[row for row in data.get("kinds") or () if isinstance(row, Mapping) and "kind" in row],
         names=names,
         titles={"uniform": str(data.get("uniform") or "uniform")},
         comparison=comparison(measured, names) if names else (),
@@ -110,6 +125,8 @@ def _check(data: Any) -> None:
         raise InputError("report: `layers` is missing or is not a list of mappings")
     if not isinstance(measured, Mapping) or not all(isinstance(m, Mapping | None) for m in measured.values()):
         raise InputError("report: `measured` is missing or is not a mapping of mappings")
+    if not isinstance(data.get("versions"), Mapping | None):
+        raise InputError("report: `versions` is not a mapping")
 
 
 def _grid(layers: Sequence[Layer]) -> dict[str, Any]:

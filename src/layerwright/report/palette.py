@@ -29,19 +29,25 @@ class Mark:
     ink: str = "#000000"
 
 
+_DROP = {"drop": Mark("#5B616A", "x-thin-open", "", "#ffffff")}
+
+
 def palette(labels: Iterable[str]) -> Mapping[str, Mark]:
     """A mark for every label, in natural order (``int2`` before ``int16``).
 
-    Colours repeat after seven labels, then with another pattern and symbol, so that every pair still differs.
+    Colours repeat after seven labels, then with another pattern and symbol, so that every pair among 28 still differs.
+    What is dropped or left alone is grey.
     """
-    named = sorted(set(labels) - set(_PLAIN), key=_natural)
+    found = set(labels)
+    named = sorted(found - {*_PLAIN, *_DROP}, key=_natural)
     marks = {}
     for index, label in enumerate(named):
         turn, place = divmod(index, len(_COLOURS))
         colour = _COLOURS[place]
         symbol = _SYMBOLS[(place + turn) % len(_SYMBOLS)] + ("-open" if turn else "")
         marks[label] = Mark(colour, symbol, _PATTERNS[turn % len(_PATTERNS)], _ink(colour))
-    return marks | {label: Mark(NEUTRAL, "circle-open") for label in _PLAIN if label in set(labels)}
+    fixed = _DROP | {label: Mark(NEUTRAL, "circle-open") for label in _PLAIN}
+    return marks | {label: mark for label, mark in fixed.items() if label in found}
 
 
 def _natural(label: str) -> list[tuple[int, int, str]]:

@@ -63,11 +63,12 @@ def layers_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Layer, ...]:
 def visible(layers: Sequence[Layer], share: float = 0.01) -> tuple[tuple[Layer, ...], int]:
     """The layers worth a bar, and how many were left out.
 
-    Containers never are. A layer outside the plan is if it has at least `share` of the largest layer's bytes.
+    Containers never are. A layer that the plan did not weigh (also one that went with its block) is if it has at least
+    `share` of the largest layer's bytes.
     """
     leaves = [layer for layer in layers if not layer.container and (layer.before > 0 or layer.planned)]
     largest = max((layer.before for layer in leaves), default=0.0)
-    kept = tuple(layer for layer in leaves if layer.planned or layer.before >= share * largest)
+    kept = tuple(x for x in leaves if (x.planned and not x.dropped) or x.before >= share * largest)
     return kept, len(leaves) - len(kept)
 
 

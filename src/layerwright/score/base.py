@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -46,13 +46,8 @@ class Subject:
     progress: Callable[[int, int], None] | None = None
 
 
-class Scorer(Protocol):
-    """``scorer(subject, **settings) -> Scores``."""
-
-    def __call__(self, subject: Subject, /, **settings: Any) -> Scores:
-        """Measure."""
-        ...
-
+Scorer = Callable[..., Scores]
+"""``scorer(subject, **settings) -> Scores``."""
 
 SCORERS: Registry[Scorer] = Registry("scorer")
 """All scorers by name; `layerwright.score` fills it."""

@@ -18,6 +18,7 @@ from layerwright.core.fingerprint import fingerprint_model
 from layerwright.core.layers import list_layers
 from layerwright.core.option import Scores
 from layerwright.core.skip import skip_blocks
+from layerwright.nn.treated import TreatedWeight
 from layerwright.score.base import SCORERS, Subject
 from layerwright.score.gradients import loss_terms
 
@@ -45,7 +46,7 @@ def block_perplexity(subject: Subject) -> Scores:
     A perplexity that is not finite counts as infinite importance, with a warning.
     """
     begun = time.perf_counter()
-    base = subject.calibration.mean_loss(subject.model)
+    base = _finite(subject.calibration.mean_loss(subject.model))
     values: dict[str, float] = {}
     for path, loss in _losses_without(subject).items():
         values[path] = math.exp(loss) if math.isfinite(loss) and loss < 700 else math.inf
@@ -116,6 +117,7 @@ def block_taylor(
                 weight.requires_grad_(True)
             for batch in subject.calibration:
                 loss = subject.calibration.loss(model, batch)
+                _finite(float(loss.detach()))
                 gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
                 for (key, weight), gradient in zip(weights.items(), gradients, strict=True):
                     if gradient is not None:
@@ -142,11 +144,24 @@ def _reduce_rows(values: Tensor, how: Reduction) -> Tensor:
 def _reduce(values: Tensor, how: Reduction) -> Tensor:
     if how == "max":
         return values.max()
-    return {"sum": torch.sum, "mean": torch.mean, "prod": torch.prod}[how](values)
+    return values.sum() if how == "sum" else values.mean() if how == "mean" else values.prod()
 
 
 def _scored_weights(model: nn.Module, block: str) -> list[tuple[str, Tensor]]:
-    return [(name, p) for name, p in model.get_submodule(block).named_parameters() if not name.endswith("bias")]
+    """Matrices and norm vectors of a block, no biases; a packed weight as the dense one it stands for."""
+    module = model.get_submodule(block)
+    dense = [(name, p) for name, p in module.named_parameters() if not name.endswith("bias")]
+    treated = [(name, m) for name, m in module.named_modules() if isinstance(m, TreatedWeight)]
+    return dense + [(f"{name}.weight", m.dequantize()) for name, m in treated]
+
+
+def _finite(loss: float) -> float:
+    if not math.isfinite(loss):
+        raise InputError(
+            f"batches: the loss of the whole model is {loss}; sequences need at least 2 tokens that count, and the "
+            "model's weights must be finite"
+        )
+    return loss
 
 
 @SCORERS.register("similarity")

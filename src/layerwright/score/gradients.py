@@ -109,8 +109,8 @@ def weight_gradients(model: nn.Module, calibration: Calibration, refs: Sequence[
         with evaluating(model), torch.enable_grad(), eager_experts(model):
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
+            for weight_tensor in parameters.values():
+                weight_tensor.requires_grad_(True)
             for batch in calibration:
                 loss = calibration.loss(model, batch)
                 found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

@@ -36,8 +36,8 @@ def hessian_traces(
         with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
-            for parameter in parameters:
-                parameter.requires_grad_(True)
+            for weight in parameters:
+                weight.requires_grad_(True)
             for batch in calibration:
                 count = loss_terms(batch)
                 terms += count

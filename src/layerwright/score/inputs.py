@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ def units_of(model: nn.Module, refs: Sequence[LayerRef]) -> dict[str, list[Layer
 
 def forwards(model: nn.Module, calibration: Calibration) -> list[Callable[[], object]]:
     """One function per batch that runs `model` on it."""
-    return [lambda batch=batch: calibration.forward(model, batch) for batch in calibration]
+    return [partial(calibration.forward, model, batch) for batch in calibration]
 
 
 def walk_inputs(

@@ -52,8 +52,11 @@ def fisher(subject: Subject) -> Scores:
     def judge(ref: LayerRef, _weight: Tensor, change: Tensor, statistics: InputStatistics | None) -> float:
         if ref.path not in gradients or statistics is None:
             return _fallback(ref, change, statistics)
-        return _quadratic(change, statistics, gradients[ref.path])
+        if ref.path not in roots:
+            roots[ref.path] = _root(gradients[ref.path].moment)
+        return _quadratic(change, statistics, gradients[ref.path], roots[ref.path])
 
+    roots: dict[str, Tensor] = {}
     scales: dict[str, float] = {}
 
     def _fallback(ref: LayerRef, change: Tensor, statistics: InputStatistics | None) -> float:
@@ -73,19 +76,19 @@ def _terms(subject: Subject) -> int:
     return sum(loss_terms(batch) for batch in subject.calibration)
 
 
-def _quadratic(change: Tensor, statistics: InputStatistics, gradients: OutputGradients) -> float:
-    moment = gradients.moment
+def _root(moment: Tensor) -> Tensor:
+    """``R`` with ``R^T R = moment``, ``(out, out)``; for a diagonal ``(out,)`` its square root."""
     if moment.dim() == 1:
-        weighted = moment.sqrt().unsqueeze(-1) * change[0]
-    else:
-        values, vectors = torch.linalg.eigh(moment.double())
-        root = (vectors * values.clamp(min=0).sqrt()).T.float()
-        weighted = root @ change[0]
-    rows = weighted.unsqueeze(0)
+        return moment.sqrt()
+    values, vectors = torch.linalg.eigh(moment.double())
+    return ((vectors * values.clamp(min=0).sqrt()).T).float()
+
+
+def _quadratic(change: Tensor, statistics: InputStatistics, gradients: OutputGradients, root: Tensor) -> float:
     if statistics.count > 1:  # grouped convolution: each group of outputs reads its own inputs
         return _grouped_quadratic(change, statistics, gradients)
-    tokens = int(statistics.tokens.sum())
-    energy = float(statistics.energy(rows).sum()) / max(tokens, 1)
+    rows = (root.unsqueeze(-1) * change[0] if root.dim() == 1 else root @ change[0]).unsqueeze(0)
+    energy = float(statistics.energy(rows).sum()) / max(int(statistics.tokens.sum()), 1)
     return 0.5 * gradients.tokens / gradients.terms * energy
 
 

@@ -41,7 +41,7 @@ def byte_windows(
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(ids) - length + 1, (samples,), generator=generator)
     windows = ids[starts[:, None] + torch.arange(length)]
-    batches = [{"input_ids": rows, "labels": rows} for rows in windows.split(batch_size)]
+    batches = [{"input_ids": rows, "labels": rows} for rows in torch.split(windows, batch_size)]
     return Calibration(batches, name=f"stdlib {part}", unit="nats/token")
 
 

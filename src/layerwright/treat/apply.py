@@ -68,8 +68,9 @@ def apply_plan(
         copy, block_map = drop_blocks(copy, dropped, copy=False)
         for path in dropped:
             report.add(LayerRecord(path, "drop", "done", "block dropped"))
-        layers = {block_map.new_path(path): t for path, t in layers.items() if path not in dropped}
-        names = {block_map.new_path(path): path for path in known if block_map.new_path(path)}
+        moved = {path: new for path in known if (new := block_map.new_path(path)) is not None}
+        layers = {moved[path]: t for path, t in layers.items() if path in moved and path not in dropped}
+        names = {new: path for path, new in moved.items()}
     refs = [ref for ref in list_layers(copy) if layers.get(ref.path)]
     needs = {ref.path: needs_inputs(layers[ref.path]) for ref in refs}
     pending: list[tuple[LayerRef, Stored]] = []

@@ -42,8 +42,8 @@ def fold_batchnorm(model: nn.Module, keep_statistics: bool = True, *, data: Any 
             statistics; a layer that runs more than once or whose output something else reads too. Names it.
     """
     folded = copy.deepcopy(model)
-    norms = {path: m for path, m in folded.named_modules() if isinstance(m, _NORMS)}
-    layers = {path: m for path, m in folded.named_modules() if isinstance(m, _LAYERS)}
+    norms: dict[str, nn.Module] = {path: m for path, m in folded.named_modules() if isinstance(m, _NORMS)}
+    layers: dict[str, nn.Module] = {path: m for path, m in folded.named_modules() if isinstance(m, _LAYERS)}
     if not norms:
         return folded
     with evaluating(folded):

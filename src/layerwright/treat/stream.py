@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 
 from layerwright.core.blocks import find_blocks
 from layerwright.core.calibration import Calibration
-from layerwright.core.checkpoint import Checkpoint, build_empty
-from layerwright.core.errors import CheckpointError
+from layerwright.core.checkpoint import Checkpoint, build_empty, model_config
+from layerwright.core.errors import CheckpointError, NotFiniteError
 from layerwright.core.fingerprint import fingerprint_tensors
 from layerwright.core.layer import LayerRef
 from layerwright.core.layers import list_layers, saved_tensors
@@ -48,12 +49,23 @@ def streams(folder: Path) -> str:
 
 
 def fingerprint_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> str:
-    """`fingerprint_model` of the model whose weights lie in `checkpoint`, reading one tensor at a time."""
+    """`fingerprint_model` of the model whose weights lie in `checkpoint`, reading one tensor at a time.
+
+    Raises:
+        CheckpointError: as `checkpoint_names`.
+        NotFiniteError: a weight is NaN or infinite.
+    """
     names = checkpoint_names(model, checkpoint)
     dtypes = {name: tensor.dtype for name, tensor in saved_tensors(model)}
     ordered = sorted(dtypes)
-    pairs = ((name, next(checkpoint.read([names[name]]))[1].to(dtypes[name])) for name in ordered)
-    return fingerprint_tensors(pairs)
+
+    def pairs() -> Iterator[tuple[str, Tensor]]:
+        for name in ordered:
+            tensor = next(checkpoint.read([names[name]]))[1]
+            _refuse_nan(checkpoint.folder, {names[name]: tensor})
+            yield name, tensor.to(dtypes[name])
+
+    return fingerprint_tensors(pairs())
 
 
 def checkpoint_names(model: nn.Module, checkpoint: Checkpoint, old: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -92,9 +104,7 @@ def _tied(model: nn.Module) -> set[str]:
 
 def empty_model(folder: Path) -> nn.Module:
     """The model in `folder`, its weights on the meta device."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = model_config(folder)
     dtype = getattr(config, "dtype", None)
     return build_empty(config, dtype if isinstance(dtype, torch.dtype) else None)
 
@@ -125,6 +135,7 @@ class _Run:
             wanted[name]: tensor.to(dtype) if tensor.is_floating_point() and dtype is not None else tensor
             for name, tensor in self.checkpoint.read(list(wanted))
         }
+        _refuse_nan(self.checkpoint.folder, state, prefix)
         _assign(module, state)
 
     def write(self, path: str) -> None:
@@ -159,6 +170,15 @@ class _Run:
             self.shards.append(shard)
             done.append(data["path"])
         return done
+
+
+def _refuse_nan(folder: Path, state: Mapping[str, Tensor], prefix: str = "") -> None:
+    for name, tensor in state.items():
+        # Numbers of one byte are not summed by every version of torch, and come with scales beside them.
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+            raise NotFiniteError(
+                f"{folder}: the weight {prefix}{name} holds NaN or infinite values; the checkpoint is damaged"
+            )
 
 
 def _assign(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -213,7 +233,7 @@ def apply_checkpoint(
     target = prepare_folder(out, force=force)
     state_folder = target / PROGRESS
     key = _run_key(plan, checkpoint, calibration)
-    _open_progress(state_folder, key, target)
+    _open_progress(state_folder, key, target, force=force)
     report = ApplyReport.load(state_folder / "apply.jsonl")
     report.path = state_folder / "apply.jsonl"
     if not report.records:
@@ -222,10 +242,18 @@ def apply_checkpoint(
     run = _Run(model, checkpoint, names, CheckpointWriter(target), state_folder, {}, [])
     refs = [ref for ref in list_layers(model) if layers.get(ref.path)]
     reported = {new: old for old, new in new_of.items() if new}
-    with torch.no_grad():
-        _walk(run, refs, layers, calibration, report, reported, progress)
-        _write_rest(run)
-    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    try:
+        with torch.no_grad():
+            _walk(run, refs, layers, calibration, report, reported, progress)
+            _write_rest(run)
+    except Exception:
+        if not run.shards:  # nothing is finished that a second run could take up
+            shutil.rmtree(state_folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                target.rmdir()
+        raise
+    settings: Any = model.config
+    config = settings.to_dict() | {"architectures": [type(model).__name__]}
     run.writer.finish(config, run.structure, {"plan": "plan.yaml"})
     copy_side_files(folder, target)
     plan.save(target / "plan.yaml")
@@ -254,7 +282,7 @@ def _walk(
     done = run.restore(_finished(run.progress, "model") if data_free else _finished(run.progress, "state"))
     if done:
         report.resumed_at = f"after {done[-1]}"
-    if data_free:
+    if calibration is None or data_free:
         for number, path in enumerate(blocks):
             if path not in done:
                 run.load(path)
@@ -317,6 +345,7 @@ def _load_outside(run: _Run, blocks: Sequence[str]) -> None:
     wanted = [name for name in run.names if not name.startswith(prefixes)]
     state = run.model.state_dict(keep_vars=True)
     found = dict(run.checkpoint.read([run.names[name] for name in wanted]))
+    _refuse_nan(run.checkpoint.folder, found)
     _assign(
         run.model,
         {
@@ -325,8 +354,9 @@ def _load_outside(run: _Run, blocks: Sequence[str]) -> None:
             for tensor in [found[run.names[name]]]
         },
     )
-    if hasattr(run.model, "tie_weights"):
-        run.model.tie_weights()
+    tie: Any = getattr(run.model, "tie_weights", None)
+    if tie is not None:
+        tie()
 
 
 def _write_rest(run: _Run) -> None:
@@ -352,15 +382,18 @@ def _run_key(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None
     return digest.hexdigest()
 
 
-def _open_progress(folder: Path, key: str, out: Path) -> None:
+def _open_progress(folder: Path, key: str, out: Path, *, force: bool = False) -> None:
     note = folder / "run.json"
     if note.is_file():
-        if json.loads(note.read_text()).get("key") != key:
+        if json.loads(note.read_text()).get("key") == key:
+            return
+        if not force:
             raise CheckpointError(
                 f"{out} holds the unfinished state of another run (other plan, model or data): give another folder, "
-                f"or delete {folder} to start again"
+                "or pass --force to start again"
             )
-        return
+        shutil.rmtree(folder)
+        prepare_folder(out, force=True)
     folder.mkdir(exist_ok=True)
     write_json(note, {"key": key})
 

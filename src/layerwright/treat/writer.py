@@ -41,8 +41,10 @@ _SIDE_FILES = (
 )
 
 
-def check_folder(out: str | Path, *, force: bool = False) -> Path:
+def check_folder(out: str | Path, *, force: bool = False, resume: bool = True) -> Path:
     """Whether `out` can be used for an output; nothing is written.
+
+    Without `resume` the unfinished state of `apply` is refused too, unless `force`.
 
     Raises:
         CheckpointError: it is a file, cannot be written, or holds something that is not an output of ours (or a
@@ -52,6 +54,10 @@ def check_folder(out: str | Path, *, force: bool = False) -> Path:
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file: give a folder for the output")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if PROGRESS in names and not resume and not force:
+        raise CheckpointError(
+            f"{out} holds the unfinished state of `apply`: finish it, give another folder, or pass --force to replace it"
+        )
     if names and PROGRESS not in names and not (force and names & _OURS):
         finished = STRUCTURE in names or INDEX in names
         raise CheckpointError(
@@ -69,15 +75,17 @@ def _read_only(folder: Path) -> bool:
     return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
-def prepare_folder(out: str | Path, *, force: bool = False) -> Path:
+def prepare_folder(out: str | Path, *, force: bool = False, resume: bool = True) -> Path:
     """Make `out` ready to be written to: `check_folder`, then create it, or clear a finished output with `force`.
 
     Raises:
         CheckpointError: as `check_folder`.
     """
-    folder = check_folder(out, force=force)
+    folder = check_folder(out, force=force, resume=resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not resume and (folder / PROGRESS).exists():
+            shutil.rmtree(folder / PROGRESS)
         if not (folder / PROGRESS).exists():
             for path in folder.iterdir():
                 if path.name in _OURS or path.suffix == ".safetensors" or path.name in _SIDE_FILES:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -73,13 +73,14 @@ def nelder_mead_range(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     span, low = (float(part) for part in mse_range(flat, bits))
     unit = max(span, LEAST_RANGE)
 
-    def error(point: list[float]) -> float:
+    def error(point: Any) -> float:
         if point[0] <= 0 or point[1] > 0 or point[0] + point[1] < 0:
             return float("inf")
         rounded = affine_quantize(flat, flat.new_tensor(point[0] * unit), flat.new_tensor(point[1] * unit), bits)
         return float((rounded - flat).square().mean())
 
-    found = minimize(error, [span / unit, low / unit], method="Nelder-Mead", options={"maxfev": 200})
+    options: Any = {"maxfev": 200}
+    found = minimize(error, [span / unit, low / unit], method="Nelder-Mead", options=options)
     return values.new_tensor(found.x[0] * unit), values.new_tensor(found.x[1] * unit)
 
 

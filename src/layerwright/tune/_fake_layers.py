@@ -23,7 +23,7 @@ __all__ = ["Bits", "FakeQuantized", "fake_layers", "full_precision", "quantize_l
 Bits = tuple[int, int | None]
 """Bits of the weight and of the input; None leaves the input alone."""
 
-SAMPLED = 1 << 18
+SAMPLED = 1 << 15
 """Input values that a search for a range looks at."""
 
 _TRANSPOSED = {nn.ConvTranspose1d: F.conv_transpose1d, nn.ConvTranspose2d: F.conv_transpose2d}
@@ -75,12 +75,11 @@ class FakeQuantized(nn.Module):
         self.input_bits = None if input_bits is None else check_bits(input_bits, "input bits")
         self.enabled = True
         self.settings = _settings(source)
-        weight: Any = source.weight.detach().float()
+        layer: Any = source
+        weight: Tensor = layer.weight.detach().float()
         if isinstance(self.settings, _Transposed):
             weight = self.settings.turn(weight)
-        self.dtype: torch.dtype = source.weight.dtype  # type: ignore[assignment]
-        bias: Any = source.bias
-        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().float().clone()
+        bias = weight.new_zeros(weight.shape[0]) if layer.bias is None else layer.bias.detach().float().clone()
         self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias)
         self.register_buffer("original_weight", weight.clone(), persistent=False)
         self.register_buffer("original_bias", bias.clone(), persistent=False)
@@ -103,7 +102,9 @@ class FakeQuantized(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight on its grid ``(out, ...)``."""
-        return affine_quantize(self.weight, self._rows(self.weight_range), self._rows(self.weight_low), self.weight_bits)
+        return affine_quantize(
+            self.weight, self._rows(self.weight_range), self._rows(self.weight_low), self.weight_bits
+        )
 
     def codes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Integer codes of the weight ``(out, ...)`` in int32, scale and zero point ``(out,)``."""
@@ -171,9 +172,11 @@ def _settings(source: Any) -> ConvSettings | _Transposed | None:
             return ConvSettings.of(source)
     for transposed in _TRANSPOSED:
         if isinstance(source, transposed) and plain is transposed.forward:
-            fields = (source.stride, source.padding, source.output_padding, source.dilation, source.groups)
+            fields: Any = (source.stride, source.padding, source.output_padding, source.dilation, source.groups)
             return _Transposed(source.weight.dim() - 2, *fields)
-    raise TypeError(f"{type(source).__name__} is not a plain linear layer or convolution, so it cannot be quantized here")
+    raise TypeError(
+        f"{type(source).__name__} is not a plain linear layer or convolution, so it cannot be quantized here"
+    )
 
 
 def fake_layers(model: nn.Module, layers: Sequence[str] | None = None) -> dict[str, FakeQuantized]:

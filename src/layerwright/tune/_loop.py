@@ -143,7 +143,7 @@ def train_(
                 loss = loss_of(running, items[order[place]]) / schedule.batches_per_step
                 if not torch.isfinite(loss):
                     raise InputError(f"{name}: the loss is not finite at step {step}: lower the learning rate")
-                accelerator.backward(loss) if accelerator else loss.backward()
+                accelerator.backward(loss) if accelerator else torch.autograd.backward(loss)
                 total += float(loss.detach())
             _step_(optimizer, trained, masters, schedule.clip)
             losses.append(total)

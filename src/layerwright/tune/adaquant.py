@@ -256,7 +256,7 @@ class _Samples:
 
     def kept(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for x, z in self.held:
-            yield from zip(x.split(size), z.split(size), strict=True)
+            yield from zip(torch.split(x, size), torch.split(z, size), strict=True)
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         weights = torch.tensor([float(len(x)) for x, _ in self.train])

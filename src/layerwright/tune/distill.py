@@ -195,7 +195,9 @@ def logit_divergence(goal: Tensor, logits: Tensor, temperature: float = 1.0, kep
         InputError: the shapes differ.
     """
     if goal.shape != logits.shape:
-        raise InputError(f"teacher: its logits are {tuple(goal.shape)}, the model's {tuple(logits.shape)}; they must agree")
+        raise InputError(
+            f"teacher: its logits are {tuple(goal.shape)}, the model's {tuple(logits.shape)}; they must agree"
+        )
     wanted = F.log_softmax(goal.float() / temperature, -1)
     given = F.log_softmax(logits.float() / temperature, -1)
     divergence = (wanted.exp() * (wanted - given)).sum(-1)

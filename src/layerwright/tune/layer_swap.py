@@ -53,7 +53,9 @@ def layer_swap(base: nn.Module, variants: Sequence[nn.Module], data: Any) -> Opt
             finally:
                 base.set_submodule(path, layer)
             if not math.isfinite(loss):
-                raise InputError(f"{path}: its loss at {other[path].weight_bits} bits is {loss}, so it has no sensitivity")
+                raise InputError(
+                    f"{path}: its loss at {other[path].weight_bits} bits is {loss}, so it has no sensitivity"
+                )
             options.append(_option(path, other[path], max(loss - base_loss, LEAST_DAMAGE)))
     original = sum(layer.weight.numel() for layer in layers.values())
     return OptionTable(tuple(options), original=Cost(params=original, bytes=4.0 * original), base_loss=base_loss)

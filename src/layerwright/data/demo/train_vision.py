@@ -140,8 +140,8 @@ def train(kind: str, out: Path, epochs: int, seed: int) -> float:
                 f"epoch {epoch + 1}/{epochs}  loss {loss.item():.4f}  held out {accuracy(average.module, prepare(held_images), held_labels):.4f}",
                 flush=True,
             )
-    model = average.module.eval()
-    model.save_pretrained(out)
+    trained: Any = average.module.eval()
+    trained.save_pretrained(out)
     size = 8 if kind == "vit" else 32
     processor = {
         "image_processor_type": "ViTImageProcessor",
@@ -154,7 +154,7 @@ def train(kind: str, out: Path, epochs: int, seed: int) -> float:
         "image_std": [0.5],
     }
     (out / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-    return accuracy(model, prepare(held_images), held_labels)
+    return accuracy(trained, prepare(held_images), held_labels)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from layerwright.nn.replace import structure_of
 from layerwright.nn.tied import Tied
 from layerwright.nn.treated import dtype_name
 from layerwright.treat.export._dense import original_layers
-from layerwright.treat.export._safetensors import save_generation
+from layerwright.treat.export._safetensors import save_generation, stating_ties
 from layerwright.treat.export._staging import refuse, staged_folder
 from layerwright.treat.writer import SHARD_BYTES, CheckpointWriter, copy_side_files, unique_tensors, write_json
 
@@ -50,7 +50,9 @@ def write(model: nn.Module, out: Path, *, processor: Any = None, force: bool = F
         raise CheckpointError("compressed-tensors: no layer is quantized; write this model with --format safetensors")
     refuse("compressed-tensors", problems(model, treated))
     layers = {path: module for path, module in treated.items() if isinstance(module, QuantLinear)}
-    config = model.config.to_dict() | {  # type: ignore[operator, union-attr]
+    with stating_ties(model):
+        plain = model.config.to_dict()  # type: ignore[operator, union-attr]
+    config = plain | {
         "architectures": [type(model).__name__],
         "dtype": dtype_name(next(iter(layers.values())).dtype),
         "quantization_config": quantization_config(model, layers),

@@ -122,7 +122,8 @@ def _like(treated: Any, weight: Tensor, path: str) -> nn.Module:
         if hasattr(treated, "num_embeddings"):
             if treated.multiplier != 1.0:
                 raise InputError(f"{path}: a scaled embedding has no plain form without a configuration")
-            return nn.Embedding(*weight.shape, padding_idx=treated.padding_idx, dtype=weight.dtype)
+            rows, columns = weight.shape
+            return nn.Embedding(rows, columns, padding_idx=treated.padding_idx, dtype=weight.dtype)
         return nn.Linear(weight.shape[1], weight.shape[0], bias=bias, dtype=weight.dtype)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ def write(model: nn.Module, out: Path, *, processor: Any = None, force: bool = F
     Raises:
         CheckpointError: the folder cannot be used, or the model has no Hugging Face configuration.
     """
-    with staged_folder(out, force) as folder:
+    with staged_folder(out, force) as folder, stating_ties(model):
         if not structure_of(model) and hasattr(model, "save_pretrained"):
             save_plain(model, folder)
         else:
@@ -35,19 +37,27 @@ def write(model: nn.Module, out: Path, *, processor: Any = None, force: bool = F
     return out
 
 
-def save_plain(model: Any, folder: Path) -> None:
-    """``save_pretrained`` with the names that checkpoints use; a head that was parted from its table stays parted."""
-    from layerwright.data.loading import _quiet
-
+@contextmanager
+def stating_ties(model: Any) -> Iterator[None]:
+    """For the block, the configuration does not tie a head and a table that were parted."""
+    if not tied_apart(model):
+        yield
+        return
     config = model.config
-    if tied_apart(model):
-        model.config = copy.deepcopy(config)
-        model.config.tie_word_embeddings = False
+    model.config = copy.deepcopy(config)
+    model.config.tie_word_embeddings = False
     try:
-        with _quiet():
-            model.save_pretrained(folder)
+        yield
     finally:
         model.config = config
+
+
+def save_plain(model: Any, folder: Path) -> None:
+    """``save_pretrained``, with the names that published checkpoints use."""
+    from layerwright.data.loading import _quiet
+
+    with _quiet():
+        model.save_pretrained(folder)
 
 
 def save_generation(model: Any, folder: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from layerwright.core.errors import CheckpointError
 from layerwright.treat.writer import check_folder, prepare_folder
 
-__all__ = ["refuse", "staged_file", "staged_folder"]
+__all__ = ["refuse", "staged_file", "staged_folder", "target_file"]
 
 _NAMED = 3
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from zoo import ZOO, Batch
 
 from layerwright.core.layers import list_layers
 from layerwright.core.treatment import Drop, LowRank, Quantize, Sparsify, Treatments
 from layerwright.treat.apply import apply_plan
+from zoo import ZOO, Batch
 
 __all__ = ["Sample", "cast_", "int4", "linears", "plan_of", "sample", "treat"]
 

