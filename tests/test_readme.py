@@ -15,7 +15,9 @@ import pytest
 import typer.main
 import yaml
 
+from layerwright.allocate import ALLOCATORS
 from layerwright.cli.app import app
+from layerwright.core.recipe import Recipe
 from layerwright.core.target import TARGETS
 from layerwright.recipes.book import recipes
 from layerwright.score import SCORERS
@@ -140,6 +142,14 @@ def test_systems_tables_are_current() -> None:
 def test_recipes_page_lists_every_recipe() -> None:
     listed = re.findall(r"^\| `([\w-]+)` \| `\w+` \| `\w+` \|", (ROOT / "docs/recipes.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(item.name for item in recipes())
+
+
+def test_recipes_page_example_is_a_recipe() -> None:
+    (text,) = blocks(ROOT / "docs/recipes.md", "yaml")
+    example = Recipe.from_data(yaml.safe_load(text))
+    assert example.scorer in SCORERS
+    assert example.allocator in ALLOCATORS
+    assert len(example.candidates) == 3
 
 
 @pytest.mark.parametrize("room", ["nn", "data", "score", "allocate", "tune", "recipes", "studies", "report"])

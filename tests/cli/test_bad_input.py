@@ -12,37 +12,12 @@ from typing import Any
 
 import numpy
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from layerwright.cli import main
 
 SMALL = ["--samples", "4", "--length", "32"]
 UP = "model.layers.1.mlp.up_proj"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of three small blocks over bytes, with its tokenizer."""
-    import transformers
-
-    from layerwright.data.demo.train_lm import byte_tokenizer
-
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=272,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-        )
-        transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -130,7 +105,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "wrong shape": (unshape, r"corrupted header .*has \d+ bytes for the shape \[272, 99\]"),
     "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), r"is truncated \(0 bytes\)"),
     "index points outside": (point_outside, r"points outside its folder \('../secret.safetensors'\): refused"),
-    "pickle only": (pickle_only, r"only pickled weights \(pytorch_model.bin\).* convert them once with .*save_pretrained"),
+    "pickle only": (
+        pickle_only,
+        r"only pickled weights \(pytorch_model.bin\).* convert them once with .*save_pretrained",
+    ),
     "NaN": (poison, f"the weight {UP}.weight holds NaN or infinite values"),
     "a tensor is missing": (lose, f"lacks 1 tensor of LlamaForCausalLM: {UP}.weight"),
     "unknown architecture": (lambda f: configure(f, model_type="nonsense"), "expected an architecture of transformers"),
@@ -166,7 +144,7 @@ def test_a_path_that_is_not_there(complains: Complains, tmp_path: Path) -> None:
     (line,) = complains("inspect", tmp_path / "nowhere")
     assert line.startswith(f"no model at {tmp_path / 'nowhere'}: give a folder in the Hugging Face layout")
     (line,) = complains("inspect", "demo:ln")
-    assert "did you mean demo:lm?" in line
+    assert "did you mean demo:lm" in line
     (line,) = complains("report", tmp_path)
     assert "report.json does not exist: run `layerwright optimize" in line
 
@@ -198,7 +176,7 @@ def test_all_problems_are_reported_together(tiny: Path, complains: Complains, tm
         (["tune", "{tiny}", "--method", "distill", "-o", "{out}", *SMALL], "needs the original model: pass --teacher"),
         (["export", "{tiny}", "--format", "gguff", "-o", "{out}"], "'gguff'.*gguf"),
         (["study", "adaquan"], "did you mean adaquant"),
-        (["inspekt"], "No such command 'inspekt'; see `layerwright --help`"),
+        (["inspekt"], "No such command 'inspekt'.*inspect.*; see `layerwright --help`"),
         (["check", "{tiny}"], "Missing option '--budget'.*; see `layerwright check --help`"),
         (["check", "{tiny}", "-b", "bits=4", "--sampels", "4"], "No such option: --sampels.*--samples"),
         (["check", "{tiny}", "-b", "bits=4", "--samples", "0"], "0 is not in the range|greater than or equal to 1"),
@@ -340,9 +318,15 @@ def test_text(make: Callable[[Path], Path], message: str, tiny: Path, tmp_path: 
     ("make", "message"),
     [
         (lambda f, s: arrays(f / "nan.npz", s, value=float("nan")), "batch 0 holds NaN or infinite values"),
-        (lambda f, s: arrays(f / "rgb.npz", (4, 3, *s[2:])), r"got samples of shape \(3, .*takes \(channels, height, width\)"),
+        (
+            lambda f, s: arrays(f / "rgb.npz", (4, 3, *s[2:])),
+            r"got samples of shape \(3, .*takes \(channels, height, width\)",
+        ),
         (lambda f, s: arrays(f / "labels.npz", s, label=10), "labels reach from 10 to 10, and demo:.* has 10 classes"),
-        (lambda f, s: arrays(f / "none.npz", (0, *s[1:])) if 0 else write(f / "none.npz", b""), "is not a readable .npz"),
+        (
+            lambda f, s: write(f / "none.npz", b""),
+            "is not a readable .npz",
+        ),
         (lambda f, s: write(f / "zip.npz", b"PK\x03\x04 half a file"), "is not a readable .npz"),
         (lambda f, s: write(f / "corpus.txt", "text"), r"corpus.txt is a .txt file, and demo:.* reads images"),
         (lambda f, s: f / "gone.npz", "no data at .*gone.npz"),

@@ -22,7 +22,7 @@ from layerwright.recipes.bench import read_data
 from layerwright.recipes.forecast import forecast_apply
 from layerwright.treat.apply import apply_plan
 from layerwright.treat.stream import apply_checkpoint, empty_model, fingerprint_checkpoint, streams
-from layerwright.treat.writer import check_folder, copy_side_files, prepare_folder, save_model
+from layerwright.treat.writer import check_folder, copy_side_files, save_model, staged_folder
 
 __all__ = ["ApplyResult", "apply_job"]
 
@@ -153,13 +153,14 @@ def apply_job(
             source.folder, decided, calibration, out, progress=progress, force=force, name=source.name
         )
     else:
-        folder = check_folder(out, force=force, resume=False)
+        check_folder(out, force=force, resume=False)
         network, processor = load(source, dtype=dtype, device=device)
         treated, report = apply_plan(network, decided, calibration.to(device), progress=progress)
-        prepare_folder(folder, force=True, resume=False)
-        save_model(treated, folder, force=True)
-        copy_side_files(source.folder, folder, processor)
-        decided.save(folder / "plan.yaml")
-        report.save(folder / "apply.jsonl")
+        with staged_folder(Path(out), force) as folder:
+            save_model(treated, folder)
+            copy_side_files(source.folder, folder, processor)
+            decided.save(folder / "plan.yaml")
+            report.save(folder / "apply.jsonl")
+        report.path = Path(out) / "apply.jsonl"
     report.peak_memory_bytes = peak_memory_bytes()
     return ApplyResult(report, forecast, Path(out), time.perf_counter() - begun, not reason)

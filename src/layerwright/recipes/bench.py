@@ -181,7 +181,7 @@ def _split_batch(batch: Any) -> list[Any]:
     from torch import Tensor
 
     if isinstance(batch, Tensor):
-        return list(batch.split(max(1, -(-len(batch) // 5))))
+        return list(batch.split(max(1, -(-len(batch) // 5))))  # type: ignore[no-untyped-call]
     if isinstance(batch, tuple | list):
         parts = [_split_batch(item) for item in batch]
         return [type(batch)(items) for items in zip(*parts, strict=False)]

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,8 @@ from torch import nn
 
 from layerwright.allocate import ALLOCATORS, pareto
 from layerwright.core.calibration import Calibration, LossFunction
-from layerwright.core.checkpoint import INDEX
 from layerwright.core.cost import Cost
-from layerwright.core.errors import BudgetError, CheckpointError
+from layerwright.core.errors import BudgetError
 from layerwright.core.memory import peak_memory_bytes
 from layerwright.core.option import OptionTable
 from layerwright.core.plan import Plan
@@ -33,7 +29,7 @@ from layerwright.recipes.job import Decision, decide, element_bytes, uniform_lay
 from layerwright.recipes.measure import Measurement, measure
 from layerwright.treat.apply import apply_plan
 from layerwright.treat.export import export_model
-from layerwright.treat.writer import check_folder, copy_side_files, prepare_folder, save_model, write_json
+from layerwright.treat.writer import check_folder, copy_side_files, save_model, staged_folder, write_json
 
 __all__ = ["OptimizeResult", "optimize"]
 
@@ -134,33 +130,11 @@ def optimize(
     arguments += ["--data", str(data)] if isinstance(data, str | Path) else []
     content = report_data(bench, decision, report, measured, words, seconds, arguments)
     if folder is not None:
-        with _staged(folder) as temporary:
+        with staged_folder(folder, force) as temporary:
             _save(bench, decision, report, after, temporary, content)
     return OptimizeResult(
         after, decision.plan, decision, report, measured, seconds, peak_memory_bytes(), folder, content
     )
-
-
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` whose files move there once all are written, so that a stop leaves nothing half done."""
-    parent = next(path for path in folder.absolute().parents if path.is_dir())
-    try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
-        try:
-            yield temporary
-            prepare_folder(folder, force=True, resume=False)
-            # The index goes last: without it nothing takes the folder for a finished output.
-            for path in sorted(temporary.iterdir(), key=lambda path: path.name == INDEX):
-                if path.is_dir():
-                    shutil.rmtree(folder / path.name, ignore_errors=True)
-                path.replace(folder / path.name)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} cannot be written ({error.strerror or error}): is the disk full or read-only?"
-        ) from error
 
 
 def _fixed(decision: Decision) -> Cost:

@@ -14,7 +14,7 @@ from layerwright.data.loading import Source, load, locate
 from layerwright.nn.treated import TreatedLinear
 from layerwright.recipes.bench import open_bench, read_data
 from layerwright.recipes.measure import Measurement, measure
-from layerwright.treat.writer import check_folder, copy_side_files, prepare_folder, save_model
+from layerwright.treat.writer import check_folder, copy_side_files, save_model, staged_folder
 
 __all__ = ["measure_job", "tune_job"]
 
@@ -72,9 +72,9 @@ def tune_job(
             raise InputError(f"{method} takes no setting {key!r}; it takes {', '.join(list(accepted)[2:])}")
     before = bench.model
     tuned = tuner(_own(before), bench.calibration, teacher=original, seed=seed, **chosen)
-    folder = prepare_folder(out, force=force, resume=False)
-    _save(tuned, folder)
-    copy_side_files(source.folder, folder, bench.processor)
+    with staged_folder(Path(out), force) as folder:
+        _save(tuned, folder)
+        copy_side_files(source.folder, folder, bench.processor)
     models: dict[str, nn.Module] = {} if original is None else {"teacher": original}
     return measure(
         models | {"before": before, "after": tuned},

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,18 @@ from layerwright.core.errors import CheckpointError
 from layerwright.nn.replace import structure_of
 from layerwright.nn.treated import dtype_name
 
-__all__ = ["PROGRESS", "CheckpointWriter", "check_folder", "copy_side_files", "prepare_folder", "save_model"]
+__all__ = [
+    "PROGRESS",
+    "CheckpointWriter",
+    "beside",
+    "check_folder",
+    "copy_side_files",
+    "prepare_folder",
+    "save_model",
+    "staged_folder",
+    "unwritable",
+    "write_json",
+]
 
 PROGRESS = ".layerwright-unfinished"
 """Folder inside the output that holds the state of a run that has not ended."""
@@ -95,6 +108,43 @@ def prepare_folder(out: str | Path, *, force: bool = False, resume: bool = True)
             f"{out} cannot be written ({error.strerror or error}): give a folder you may write to"
         ) from error
     return folder
+
+
+@contextmanager
+def staged_folder(out: Path, force: bool) -> Iterator[Path]:
+    """A new folder beside `out` whose content moves into `out` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        CheckpointError: `out` cannot be used (before the block runs), or a file cannot be written.
+    """
+    check_folder(out, force=force, resume=False)
+    temporary = beside(out)
+    try:
+        yield temporary
+        prepare_folder(out, force=force, resume=False)
+        # Configuration and index go last: without them nothing takes the folder for a model.
+        for path in sorted(temporary.iterdir(), key=lambda path: (path.name in ("config.json", INDEX), path.name)):
+            if path.is_dir():
+                shutil.rmtree(out / path.name, ignore_errors=True)
+            path.replace(out / path.name)
+    except OSError as error:
+        raise unwritable(out, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def beside(out: Path) -> Path:
+    """A new folder on the same file system as `out`, so that a rename is enough."""
+    parent = next(path for path in out.absolute().parents if path.is_dir())
+    try:
+        return Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
+    except OSError as error:
+        raise unwritable(out, error) from error
+
+
+def unwritable(out: Path, error: OSError) -> CheckpointError:
+    """One line for an output that cannot be written."""
+    return CheckpointError(f"{out} cannot be written ({error.strerror or error}): is the disk full or read-only?")
 
 
 class CheckpointWriter:

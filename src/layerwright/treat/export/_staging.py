@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from layerwright.core.errors import CheckpointError
-from layerwright.treat.writer import check_folder, prepare_folder
+from layerwright.treat.writer import beside, staged_folder, unwritable
 
 __all__ = ["refuse", "staged_file", "staged_folder", "target_file"]
 
@@ -32,27 +31,6 @@ def refuse(format: str, problems: Sequence[tuple[str, str]], remedy: str = "") -
 
 
 @contextmanager
-def staged_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A new folder beside `out` whose files move into `out` when the block ends well, and vanish otherwise.
-
-    Raises:
-        CheckpointError: `out` cannot be used (before the block runs), or a file cannot be written.
-    """
-    check_folder(out, force=force)
-    temporary = _beside(out)
-    try:
-        yield temporary
-        prepare_folder(out, force=force)
-        # The configuration goes last: without it nothing takes the folder for a model.
-        for path in sorted(temporary.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
-            path.replace(out / path.name)
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
 def staged_file(out: Path, name: str, force: bool) -> Iterator[Path]:
     """A path to write to; what lies in its folder moves to `out` (if it ends like `name`) or ``out/name`` afterwards.
 
@@ -65,14 +43,14 @@ def staged_file(out: Path, name: str, force: bool) -> Iterator[Path]:
     if target.exists() and not force:
         raise CheckpointError(f"{target} is already there: give another name, or pass --force to replace it")
     _require_writable(target)
-    temporary = _beside(target)
+    temporary = beside(target)
     try:
         yield temporary / target.name
         target.parent.mkdir(parents=True, exist_ok=True)
         for path in sorted(temporary.iterdir(), key=lambda path: (path.name == target.name, path.name)):
             path.replace(target.parent / path.name)
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise unwritable(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -82,20 +60,7 @@ def target_file(out: Path, name: str) -> Path:
     return out if out.suffix == Path(name).suffix else out / name
 
 
-def _beside(out: Path) -> Path:
-    """A new folder on the same file system as `out`, so that a rename is enough."""
-    parent = next(path for path in out.absolute().parents if path.is_dir())
-    try:
-        return Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
-    except OSError as error:
-        raise _unwritable(out, error) from error
-
-
 def _require_writable(target: Path) -> None:
     parent = next(path for path in target.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CheckpointError(f"{target} cannot be written ({parent} is read-only or a file): give another place")
-
-
-def _unwritable(out: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{out} cannot be written ({error.strerror or error}): is the disk full or read-only?")
