@@ -43,7 +43,7 @@ studies: $(BIN)/.dev
 	$(BIN)/layerwright study all
 
 benchmarks: $(BIN)/.dev
-	for name in gptq decode allocate streaming; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in ngram allocate decode gptq gptq_model streaming scores joint; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 format: $(BIN)/.dev
 	$(BIN)/ruff check --fix -q src tests benchmarks examples; $(BIN)/ruff format -q src tests benchmarks examples

@@ -50,7 +50,7 @@ def test_stopped_and_killed_runs_go_on_to_the_same_bytes(plan: Path, tmp_path: P
     process = start("apply", "demo:lm", plan, "-o", out, *SIZE)
     wait_for(".layerwright-unfinished/state-00002.json", out, process)
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     said = [line for line in stderr.splitlines() if line.startswith("layerwright: ")]
     assert len(said) == 1 and "interrupted" in said[0] and "again to go on" in said[0]

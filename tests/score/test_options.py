@@ -55,7 +55,9 @@ def test_walk_sees_the_exact_inputs_once_per_group() -> None:
     seen: dict[str, torch.Tensor] = {}
     handles = [
         model.get_submodule(ref.path).register_forward_pre_hook(
-            lambda _m, args, path=ref.path: seen.__setitem__(path, torch.cat([seen.get(path, args[0].flatten(0, 1)[:0]), args[0].flatten(0, 1)]))
+            lambda _m, args, path=ref.path: seen.__setitem__(
+                path, torch.cat([seen.get(path, args[0].flatten(0, 1)[:0]), args[0].flatten(0, 1)])
+            )
         )
         for ref in refs
     ]
@@ -122,7 +124,9 @@ def test_hutchinson_trace_against_the_full_hessian() -> None:
 
     def loss(flat: torch.Tensor) -> torch.Tensor:
         values = {f"{refs[0].path}.weight": flat.reshape(weight.shape)}
-        losses = [nn.functional.cross_entropy(torch.func.functional_call(model, values, (x,)), y) for x, y in data.batches]
+        losses = [
+            nn.functional.cross_entropy(torch.func.functional_call(model, values, (x,)), y) for x, y in data.batches
+        ]
         return sum(losses) / len(losses)
 
     exact = torch.autograd.functional.hessian(loss, weight.detach().flatten()).trace()

@@ -7,6 +7,8 @@ import sys
 
 __all__ = ["main"]
 
+_INTERRUPTED = "interrupted; a finished `apply` block is kept: run the same command again to go on"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns (and exits with) 0 done, 1 a study that does not hold, 2 bad input, 130 interrupted."""
@@ -32,7 +34,10 @@ def _run(arguments: list[str]) -> int:
         outcome = app(arguments, prog_name="layerwright", standalone_mode=False)
         return outcome if isinstance(outcome, int) else 0
     except (typer.Exit, SystemExit) as leave:
-        return int(getattr(leave, "exit_code", getattr(leave, "code", 0)) or 0)
+        code = int(getattr(leave, "exit_code", getattr(leave, "code", 0)) or 0)
+        if code == 130:  # what typer makes of Ctrl-C
+            _complain(_INTERRUPTED)
+        return code
     except (CheckError, PlanError) as error:
         for problem in error.problems:
             _complain(problem)
@@ -41,7 +46,7 @@ def _run(arguments: list[str]) -> int:
         _complain(_usage(error))
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted; a finished `apply` block is kept: run the same command again to go on")
+        _complain(_INTERRUPTED)
         return 130
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("LAYERWRIGHT_TRACEBACK"):

@@ -115,7 +115,7 @@ class Calibration:
         with evaluating(model):
             for batch in self:
                 rows = _rows(batch)
-                total += float(self.loss(model, batch)) * rows
+                total += float(self.loss(model, batch).detach()) * rows
                 weight += rows
         return total / weight
 

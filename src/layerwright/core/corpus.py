@@ -68,9 +68,10 @@ def read_arrays(path: str | Path) -> tuple[Tensor, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no array file at {path}: give an .npz file with arrays x and y")
     try:
-        with numpy.load(path, allow_pickle=False) as arrays:
-            if not hasattr(arrays, "files"):
-                raise ValueError("one bare array")
+        loaded = numpy.load(path, allow_pickle=False)
+        if not hasattr(loaded, "files"):
+            raise ValueError("one bare array")
+        with loaded as arrays:
             missing = {"x", "y"} - set(arrays.files)
             if missing:
                 raise InputError(f"{path} holds {', '.join(arrays.files)}; expected the arrays x and y")

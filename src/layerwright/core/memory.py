@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
 
-__all__ = ["peak_memory_bytes", "reset_peak_memory", "resident_bytes"]
+__all__ = ["peak_memory_bytes", "release_free_memory", "reset_peak_memory", "resident_bytes"]
 
 
 def _status(field: str) -> int | None:
@@ -40,3 +42,22 @@ def reset_peak_memory() -> bool:
         return True
     except OSError:
         return False
+
+
+def release_free_memory() -> None:
+    """Hand freed memory back to the system.
+
+    The C library keeps what large tensors leave behind in pieces between smaller ones; over many blocks that grows to
+    the size of the model. Does nothing where the C library has no such call.
+    """
+    gc.collect()
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _c_library() -> object:
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None

@@ -23,7 +23,7 @@ from layerwright.core.fingerprint import fingerprint_tensors
 from layerwright.core.layer import LayerRef
 from layerwright.core.layers import list_layers, saved_tensors
 from layerwright.core.lockstep import Lockstep, LockstepState, NotResumableError
-from layerwright.core.memory import peak_memory_bytes
+from layerwright.core.memory import peak_memory_bytes, release_free_memory
 from layerwright.core.plan import Plan
 from layerwright.core.records import ApplyReport, LayerRecord
 from layerwright.core.treatment import Drop, Treatments
@@ -157,6 +157,7 @@ class _Run:
             },
         )
         module.to("meta")
+        release_free_memory()
 
     def restore(self, count: int) -> list[str]:
         """Take up the first `count` shards, which an earlier run finished; returns the paths of their modules."""
