@@ -54,7 +54,7 @@ def main() -> None:
                 print(f"size={size}x  {kind:9s} cannot: {error}")
                 continue
             plan = {o.layer if len(o.covers) > 1 else o.covers[0]: o.treatments for o in allocation.chosen}
-    XX
+            treated, _ = apply_plan(bench.model, plan, bench.calibration, simulate=True)
             loss = bench.heldout.mean_loss(treated)
             print(
                 f"size={size}x  {kind:9s} predicted +{allocation.damage:.4f}  measured +{loss - base:.4f} nats/byte"
