@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
@@ -54,25 +55,30 @@ def run_ours(dtype: torch.dtype) -> dict[str, float]:
 
 def run_peer(dtype: torch.dtype) -> dict[str, float]:
     """One run of llmcompressor's GPTQ on the same model and data."""
-    import copy
-
     from datasets import Dataset
     from llmcompressor import oneshot
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     try:
         from llmcompressor.modifiers.gptq import GPTQModifier
     except ImportError:
         from llmcompressor.modifiers.quantization import GPTQModifier
 
-    model, tokens = build(dtype)
-    original = copy.deepcopy(model)
+    original, tokens = build(dtype)
+    folder = tempfile.mkdtemp()  # it wants a model with a place on disk
+    original.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     rows = {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
+    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    processor = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<unk>")
     recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
     begun, wall = time.process_time(), time.perf_counter()
     oneshot(
         model=model,
         dataset=Dataset.from_dict(rows),
         recipe=recipe,
+        processor=processor,
         max_seq_length=TOKENS,
         num_calibration_samples=SAMPLES,
     )
@@ -80,8 +86,15 @@ def run_peer(dtype: torch.dtype) -> dict[str, float]:
 
 
 def _rest(before: torch.nn.Module, after: torch.nn.Module, tokens: torch.Tensor) -> dict[str, float]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"peak": peak, "error": output_error(before, after, tokens)}
+    return {"peak": _peak(), "error": output_error(before, after, tokens)}
+
+
+def _peak() -> int:
+    """High-water mark of this program's resident memory (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def floor_seconds(dtype: torch.dtype) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -42,6 +41,7 @@ def run(kind: str, folder: Path, out: Path) -> dict[str, float]:
     """One run in this process: ``stream`` or ``whole``."""
     from layerwright.core.calibration import Calibration
     from layerwright.core.layers import treatable
+    from layerwright.core.memory import peak_memory_bytes
     from layerwright.core.plan import Plan
     from layerwright.core.treatment import Quantize
     from layerwright.data.loading import load
@@ -60,7 +60,8 @@ def run(kind: str, folder: Path, out: Path) -> dict[str, float]:
         model, _ = load(folder)
         treated, _ = apply_plan(model, plan, data)
         save_model(treated, out)
-    return {"seconds": time.perf_counter() - begun, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    # The high-water mark of this program alone: getrusage would carry over the parent's.
+    return {"seconds": time.perf_counter() - begun, "peak": peak_memory_bytes()}
 
 
 def main() -> None:

@@ -179,3 +179,18 @@ def test_values_without_a_file_form_are_refused() -> None:
         for stop in walk:
             if stop.path == "1":
                 walk.state()
+
+
+def test_the_gradient_mode_of_the_driver_survives_forwards_that_change_it() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+
+    @torch.no_grad()
+    def forward() -> torch.Tensor:
+        return model(torch.ones(1, 2))
+
+    for _ in Lockstep(model, ["0", "1", "2"], [forward, forward, forward]):
+        assert torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+    for _ in Lockstep(model, ["0", "1"], [forward, forward]):
+        break
+    assert torch.is_grad_enabled()

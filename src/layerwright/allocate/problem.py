@@ -140,7 +140,7 @@ def describe_amount(table: OptionTable, resource: str, amount: float) -> str:
     )
     text = f"{amount:,.3f}".rstrip("0").rstrip(".") + unit
     notes = [f"{amount / original:.4g}x"] if original > 0 else []
-    if resource == "bytes" and weights > 0:
+    if resource == "bytes" and weights > 0 and amount > table.fixed.bytes:
         notes.append(f"{8 * (amount - table.fixed.bytes) / weights:.4g} bits per planned weight")
     return f"{text} ({', '.join(notes)})" if notes else text
 

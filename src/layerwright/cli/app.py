@@ -257,7 +257,10 @@ def apply(
 @app.command()
 def tune(
     model: Model,
-    method: Annotated[str, typer.Option("--method", "-m", help="lora, distill, distill_layers, full.")],
+    method: Annotated[
+        str,
+        typer.Option("--method", "-m", help="lora, full, distill, distill_layers, adaquant, renormalize, bias_tune."),
+    ],
     out: Out,
     data: Data = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="The original model, for distillation.")] = None,

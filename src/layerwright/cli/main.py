@@ -32,6 +32,8 @@ def _run(arguments: list[str]) -> int:
     )
     try:
         outcome = app(arguments, prog_name="layerwright", standalone_mode=False)
+        if outcome == 130:  # what some versions of typer make of Ctrl-C
+            _complain(_INTERRUPTED)
         return outcome if isinstance(outcome, int) else 0
     except (typer.Exit, SystemExit) as leave:
         code = int(getattr(leave, "exit_code", getattr(leave, "code", 0)) or 0)

@@ -73,6 +73,7 @@ class _Pass:
     first_leaves: list[weakref.ref[Tensor]] = field(default_factory=list)
     replay: list[dict[str, Any]] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
+    gradients: bool = field(default_factory=torch.is_grad_enabled)
 
 
 class Lockstep:
@@ -170,7 +171,7 @@ class Lockstep:
             item.coroutine = greenlet(lambda forward=forward: _quietly(forward))
             item.coroutine.lockstep = self
             self._passes.append(item)
-            self._take(item, item.coroutine.switch())
+            self._take(item, _within(item, item.coroutine.switch))
             while item.replay and item.call is not None:
                 record = item.replay.pop(0)
                 assert self.resume is not None
@@ -183,7 +184,7 @@ class Lockstep:
     def _advance(self, path: str, group: list[_Pass]) -> None:
         for item in group:
             assert item.call is not None
-            output = self._run(path, item.call)
+            output = _within(item, self._run, path, item.call)
             if self.keep_history:
                 item.history.append((path, _weaken(output)))
             item.call = None
@@ -191,7 +192,7 @@ class Lockstep:
 
     def _go_on(self, item: _Pass, output: Any) -> None:
         item.call = None
-        self._take(item, item.coroutine.switch(output))
+        self._take(item, _within(item, item.coroutine.switch, output))
         if self.keep_history and item.call is not None:
             # What the model transforms before it passes it on may be in use later in a form that cannot be traced
             # (an encoder's normalised output): keep such outputs, to be computed again from.
@@ -239,12 +240,27 @@ class Lockstep:
         for item in self._passes:
             item.call = None
             if item.coroutine is not None and not item.coroutine.dead:
-                item.coroutine.throw(GreenletExit)
+                _within(item, item.coroutine.throw, GreenletExit)
         self._passes.clear()
 
 
 def _quietly(forward: Callable[[], object]) -> None:
     forward()
+
+
+def _within(item: _Pass, resume: Callable[..., Any], *arguments: Any) -> Any:
+    """Resume a pass with its own gradient mode, and come back with the driver's.
+
+    Whether gradients are recorded is a state of the thread, and all passes share it: a forward that switches them off
+    around its blocks would otherwise leave that state to whoever runs next.
+    """
+    own = torch.is_grad_enabled()
+    torch.set_grad_enabled(item.gradients)
+    try:
+        return resume(*arguments)
+    finally:
+        item.gradients = torch.is_grad_enabled()
+        torch.set_grad_enabled(own)
 
 
 def _leaves(tree: Any) -> list[Tensor]:

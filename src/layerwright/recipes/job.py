@@ -15,7 +15,7 @@ from layerwright.core.blocks import Blocks
 from layerwright.core.budget import Budget
 from layerwright.core.cost import Cost
 from layerwright.core.errors import InputError
-from layerwright.core.layer import LayerRef
+from layerwright.core.layer import LayerRef, get_parameter
 from layerwright.core.layers import list_layers, treatable
 from layerwright.core.option import Allocation, OptionTable, Scores
 from layerwright.core.plan import Plan
@@ -32,6 +32,7 @@ from layerwright.recipes.table import (
     option_table,
     uniform_bytes,
 )
+from layerwright.recipes.timing import measured_times
 from layerwright.score.base import SCORERS, Subject
 from layerwright.score.costs import find_blocks_or_none, profile_model
 from layerwright.treat.probe import treat_weights
@@ -67,8 +68,6 @@ class Decision:
 
 def element_bytes(bench: Bench, refs: tuple[LayerRef, ...]) -> int:
     """Bytes of one untreated weight."""
-    from layerwright.core.layer import get_parameter
-
     return get_parameter(bench.model, refs[0].parameter).element_size()
 
 
@@ -175,6 +174,7 @@ def decide(
         scores.get("layers"),
         element_bytes=width,
         blocks=blocks,
+        ms=measured_times(profile.rows, get_parameter(bench.model, refs[0].parameter).dtype) if timing else None,
         drop_scores=removal_damages(scores["blocks"]) if "blocks" in scores else None,
     )
     if groups:

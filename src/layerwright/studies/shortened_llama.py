@@ -63,7 +63,8 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
     tell = progress or (lambda _what, _done, _total: None)
     model, tokenizer = demo_language_model()
     names = find_blocks(model)[0].names
-    heldout = byte_windows("heldout", tokenizer, 8 if quick else 48, 96 if quick else 128, seed=0)
+    # Windows of their own: the retraining rates were chosen on others.
+    heldout = byte_windows("heldout", tokenizer, 8 if quick else 48, 96 if quick else 128, seed=101)
     intact = heldout.mean_loss(model)
     pairs = pair_losses(model, names, heldout, tell)
     table: list[dict[str, Any]] = [{"plan": "intact", "removed": "none", "nats/byte": intact}]
