@@ -33,6 +33,7 @@ class Recipe:
         scorer_settings, allocator_settings: keyword settings of the two.
         tuner: name of a tuner that recovers quality afterwards; empty for none.
         tuner_settings: its settings.
+        measured_choice: also apply each kind of treatment alone, and take what has the lowest calibration loss.
         needs: what the model must have: ``batchnorm``, ``decoder``, ``labels``, ...
         samples: calibration samples; length: tokens in one.
         score_samples: calibration samples that scorers look at.
@@ -51,6 +52,7 @@ class Recipe:
     allocator_settings: Mapping[str, Any] = field(default_factory=dict)
     tuner: str = ""
     tuner_settings: Mapping[str, Any] = field(default_factory=dict)
+    measured_choice: bool = False
     needs: tuple[str, ...] = ()
     samples: int = 128
     length: int = 256

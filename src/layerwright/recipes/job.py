@@ -14,7 +14,7 @@ from layerwright.allocate import ALLOCATORS, filter_target, merge_ties
 from layerwright.core.blocks import Blocks
 from layerwright.core.budget import Budget
 from layerwright.core.cost import Cost
-from layerwright.core.errors import InputError
+from layerwright.core.errors import BudgetError, InputError
 from layerwright.core.layer import LayerRef, get_parameter
 from layerwright.core.layers import list_layers, treatable
 from layerwright.core.option import Allocation, OptionTable, Scores
@@ -35,6 +35,7 @@ from layerwright.recipes.table import (
 from layerwright.recipes.timing import measured_times
 from layerwright.score.base import SCORERS, Subject
 from layerwright.score.costs import find_blocks_or_none, profile_model
+from layerwright.treat.apply import apply_plan
 from layerwright.treat.probe import treat_weights
 
 __all__ = [
@@ -182,7 +183,10 @@ def decide(
     table = filter_target(table, the_target)
     bounds = limits_of(limits, table, refs, the_recipe.group_size, width)
     settings = protected_blocks(the_recipe.allocator_settings, sum(len(stack) for stack in blocks))
-    allocation = ALLOCATORS.get(the_recipe.allocator)(table, bounds, seed=seed, **settings)
+    solve = partial(ALLOCATORS.get(the_recipe.allocator), limits=bounds, seed=seed, **settings)
+    allocation, notes = solve(table), ""
+    if the_recipe.measured_choice:
+        allocation, notes = choose_by_measuring(bench, table, allocation, solve, the_recipe.score_samples)
     plan = Plan.from_allocation(
         allocation,
         model={
@@ -194,9 +198,44 @@ def decide(
         recipe=the_recipe.name,
         target=the_target.name,
         seed=seed,
+        notes=notes,
         base_loss=profile.loss,
     )
     return Decision(plan, allocation, table, profile, refs, bounds, the_recipe, the_target, scores)
+
+
+def choose_by_measuring(
+    bench: Bench, table: OptionTable, joint: Allocation, solve: Callable[[OptionTable], Allocation], samples: int
+) -> tuple[Allocation, str]:
+    """The better of the joint choice and each single kind's, by the calibration loss of the treated model.
+
+    Damages are predicted one layer at a time and added up; strong treatments break that. A kind alone that is
+    predicted to do more than `HOPELESS` times the joint damage is not tried. Returns the choice, and a sentence.
+    """
+    found = {"together": joint}
+    for tag in sorted({t.tag for option in table.options for t in option.treatments}):
+        alone = tuple(o for o in table.options if all(t.tag == tag for t in o.treatments))
+        try:
+            single = solve(replace(table, options=alone))
+        except BudgetError:
+            continue
+        if single.damage <= HOPELESS * max(joint.damage, 1e-9):
+            found[f"{tag} alone"] = single
+    if len(found) == 1:
+        return joint, ""
+    data = bench.calibration.head(samples)
+    losses = {}
+    for name, allocation in found.items():
+        layers = Plan.from_allocation(allocation).layers
+        treated, _ = apply_plan(bench.model, layers, bench.calibration, simulate=True)
+        losses[name] = data.mean_loss(treated)
+    best = min(losses, key=lambda name: losses[name])
+    words = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    return found[best], f"measured calibration loss: {words}; taken: {best}"
+
+
+HOPELESS = 5.0
+"""A kind alone whose predicted damage is this many times the joint one's is not measured."""
 
 
 def removal_damages(scores: Scores) -> Scores:
