@@ -32,4 +32,4 @@ def test_what_is_taken_is_never_worse_on_the_calibration_data_than_what_was_meas
     assert losses[1] <= losses[0] + 1e-6
     assert measured.allocation.cost.bytes <= measured.limits["bytes"]
     assert "taken:" in measured.plan.notes
-    assert plain.plan.notes == ""
+    assert "taken:" not in plain.plan.notes
