@@ -124,7 +124,7 @@ def check_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "meta":
-            raise NotImplementedError("meta tensors hold no values")
+            raise RuntimeError("meta tensors hold no values")
         torch.empty(0, device=device)
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:

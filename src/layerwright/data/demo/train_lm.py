@@ -63,6 +63,37 @@ def heldout_loss(model: torch.nn.Module, batch: torch.Tensor) -> float:
     return sum(losses) / len(losses)
 
 
+def save_state(
+    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator, step: int
+) -> None:
+    """Write everything a later run needs to go on, as safetensors, under a temporary name first."""
+    from safetensors.torch import save_file
+
+    tensors = {"step": torch.tensor(step), "generator": generator.get_state()}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def load_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
+    """Take up what `save_state` wrote; returns the number of steps done."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    generator.set_state(tensors["generator"])
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors[f"model.{name}"])
+        optimizer.state[parameter] = {
+            key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+        }
+    return int(tensors["step"])
+
+
 def train(out: Path, steps: int, batch: int, length: int, peak_lr: float, seed: int, threads: int | None) -> float:
     """Train, save to `out` in the Hugging Face layout and return the held-out loss in nats per byte."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -94,14 +125,10 @@ def train(out: Path, steps: int, batch: int, length: int, peak_lr: float, seed: 
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
-    state = out.with_name(out.name + ".state.pt")
+    state = out.with_name(out.name + ".state.safetensors")
     start = 0
     if state.exists():
-        saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        generator.set_state(saved["generator"])
-        start = saved["step"]
+        start = load_state(state, model, optimizer, generator)
     begun = time.perf_counter()
     for step in range(start, steps):
         rate = peak_lr * min((step + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -121,9 +148,7 @@ def train(out: Path, steps: int, batch: int, length: int, peak_lr: float, seed: 
                 f"  {seconds:.0f} s",
                 flush=True,
             )
-            kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(kept | {"generator": generator.get_state()}, str(state) + ".tmp")
-            os.replace(str(state) + ".tmp", state)
+            save_state(state, model, optimizer, generator, step + 1)
     model = model.to(torch.bfloat16)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
