@@ -10,9 +10,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
+from layerwright.cli import interrupt
+
 __all__ = ["emit", "megabytes", "progress_to", "say", "show_measurements", "show_table"]
+
+_UNBOUNDED = 1_000_000
+"""Columns of a console that is no terminal."""
 
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
@@ -30,13 +36,24 @@ def emit(data: Any) -> None:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, left: int = 1) -> None:
-    """A table; the first `left` columns are text."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    """A table; the first `left` columns are text.
+
+    On a terminal it is folded into the width that there is. Elsewhere it is as wide as its cells ask, so that a row is
+    a line for the program that reads it.
+    """
+    terminal = _out.is_terminal
+    table = Table(title=title if terminal else None, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(_text(cell) for cell in row))
-    _out.print(table)
+        cells = (_text(cell) for cell in row)
+        table.add_row(*(cells if terminal else (" ".join(cell.split()) for cell in cells)))
+    if terminal:
+        _out.print(table)
+        return
+    say(title)
+    wide = Console(file=_out.file, width=_UNBOUNDED, highlight=False)
+    wide.print(table, width=Measurement.get(wide, wide.options, table).maximum)
 
 
 def _text(cell: Any) -> str:
@@ -97,17 +114,27 @@ def show_measurements(measured: Mapping[str, Any]) -> None:
 def progress_to(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """A progress callback: bars on a terminal, plain lines otherwise (at most one every two seconds)."""
     if quiet:
-        yield lambda _name, _done, _total: None
+        yield _stopping(lambda _name, _done, _total: None)
         return
     if not _err.is_terminal:
-        yield _plain_lines()
+        yield _stopping(_plain_lines())
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_err, transient=True) as bars:
         task = bars.add_task("starting", total=None)
-        yield lambda name, done, total: bars.update(task, description=name[:48], completed=done, total=total)
+        yield _stopping(lambda name, done, total: bars.update(task, description=name[:48], completed=done, total=total))
+
+
+def _stopping(show: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
+    """Progress is also where a run stops whose Ctrl-C was dropped by native code."""
+
+    def step(name: str, done: int, total: int) -> None:
+        interrupt.current.stop_if_seen()
+        show(name, done, total)
+
+    return step
 
 
 def _plain_lines() -> Callable[[str, int, int], None]:

@@ -24,37 +24,43 @@ def _run(arguments: list[str]) -> int:
     import typer
 
     from layerwright.cli.app import app
-    from layerwright.core.errors import CheckError, PlanError
+    from layerwright.cli.interrupt import remembered_interrupts
 
     # Not named in typer's public interface, and not click's own in every version of it.
     usage_errors: tuple[type[Exception], ...] = tuple(
         kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
     )
-    try:
-        outcome = app(arguments, prog_name="layerwright", standalone_mode=False)
-        if outcome == 130:  # what some versions of typer make of Ctrl-C
-            _complain(_INTERRUPTED)
-        return outcome if isinstance(outcome, int) else 0
-    except (typer.Exit, SystemExit) as leave:
-        code = int(getattr(leave, "exit_code", getattr(leave, "code", 0)) or 0)
-        if code == 130:  # what typer makes of Ctrl-C
-            _complain(_INTERRUPTED)
-        return code
-    except (CheckError, PlanError) as error:
+    with remembered_interrupts() as interrupts:
+        try:
+            outcome = app(arguments, prog_name="layerwright", standalone_mode=False)
+            code = outcome if isinstance(outcome, int) else 0
+        except (typer.Exit, SystemExit) as leave:
+            code = int(getattr(leave, "exit_code", getattr(leave, "code", 0)) or 0)
+        except (KeyboardInterrupt, typer.Abort):
+            code = 130
+        except Exception as error:
+            # Whatever Ctrl-C was turned into on its way through native code, it is an interruption.
+            code = 130 if interrupts.seen else _report(error, usage_errors)
+    if code == 130:
+        _complain(_INTERRUPTED)
+    return code
+
+
+def _report(error: Exception, usage_errors: tuple[type[Exception], ...]) -> int:
+    from layerwright.core.errors import CheckError, PlanError
+
+    if isinstance(error, (CheckError, PlanError)):
         for problem in error.problems:
             _complain(problem)
-        return 2
-    except usage_errors as error:
+    elif isinstance(error, usage_errors):
         _complain(_usage(error))
-        return 2
-    except (KeyboardInterrupt, typer.Abort):
-        _complain(_INTERRUPTED)
-        return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get("LAYERWRIGHT_TRACEBACK"):
-            raise
+    elif isinstance(error, (ValueError, TypeError, OSError, ImportError)) and not os.environ.get(
+        "LAYERWRIGHT_TRACEBACK"
+    ):
         _complain(str(error) or type(error).__name__)
-        return 2
+    else:
+        raise error
+    return 2
 
 
 def _usage(error: Exception) -> str:

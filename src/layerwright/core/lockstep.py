@@ -19,6 +19,8 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from layerwright.core.products import fast_products
+
 __all__ = ["Call", "Lockstep", "LockstepState", "NotResumableError", "Stop"]
 
 
@@ -212,7 +214,8 @@ class Lockstep:
     def _run(self, path: str, call: Call) -> Any:
         module = self.model.get_submodule(path)
         old, forward = self._originals[path]
-        return forward(*call.args, **call.kwargs) if module is old else module(*call.args, **call.kwargs)
+        with fast_products():
+            return forward(*call.args, **call.kwargs) if module is old else module(*call.args, **call.kwargs)
 
     # -- patching -----------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -38,7 +39,8 @@ class UnitInputs:
 def collect_inputs(model: nn.Module, stop: Stop, refs: Sequence[LayerRef], needs: Mapping[str, str]) -> UnitInputs:
     """Run the block of `stop` on every call and gather what `refs` read.
 
-    One forward of the block per call, and one ``X^T X`` per distinct input: query, key and value share theirs.
+    One forward of the block per call up to the last of `refs`, and one ``X^T X`` per distinct input: query, key and
+    value share theirs.
 
     Args:
         needs: by layer path, ``"gram"``, ``"diagonal"`` or nothing (the layer is left out).
@@ -77,16 +79,33 @@ def collect_inputs(model: nn.Module, stop: Stop, refs: Sequence[LayerRef], needs
         # Members join after the leader's first update, so any sibling's need decides for the group.
         return bool(gram) if by_path[leader].layout != "conv" else leader in gram
 
-    for call in stop.calls:
+    calls: list[str] = []  # of the layers, in this forward
+    enough = 0
+
+    def count(ref: LayerRef, x: Tensor, expert: int | None) -> None:
+        see(ref, x, expert)
+        calls.append(ref.path)
+        if len(calls) == enough:
+            raise _EnoughError
+
+    for number, call in enumerate(stop.calls):
         seen.clear()
-        with watch_inputs(model, wanted, see):
+        calls.clear()
+        with watch_inputs(model, wanted, count), suppress(_EnoughError):
             stop.run(call)
+        # Each layer ran once: what comes after the last of them is not worth computing again.
+        if number == 0 and sorted(calls) == sorted(by_path):
+            enough = len(calls)
     seen.clear()
     for path, leader in inputs.leader.items():
         inputs.of[path] = inputs.of[leader]
     for path, statistics in inputs.of.items():
         statistics.check(path)
     return inputs
+
+
+class _EnoughError(Exception):
+    """Every layer of a block has shown its input."""
 
 
 def _alike(leader: LayerRef, ref: LayerRef) -> bool:
