@@ -40,7 +40,8 @@ class Stop:
         path: the module that is about to run.
         calls: the arguments, one entry per pass.
         visit: 0 the first time; a module that a pass calls again (shared weights) stops again with 1, 2, ...
-        run: run the module as it is now on one call without letting the pass go on; returns its output.
+        run: run the module as it is now, with its hooks, on one call without letting the pass go on; returns its
+            output.
     """
 
     path: str
@@ -126,7 +127,7 @@ class Lockstep:
                 path = waiting[0].path
                 group = [p for p in waiting if p.path == path]
                 calls = [p.call for p in group if p.call is not None]
-                self._current = Stop(path, calls, visits.get(path, 0), partial(self._run, path))
+                self._current = Stop(path, calls, visits.get(path, 0), partial(self._call, path))
                 yield self._current
                 visits[path] = visits.get(path, 0) + 1
                 self._current = None
@@ -211,7 +212,13 @@ class Lockstep:
         if self.keep_history and not item.first_leaves:
             item.first_leaves = [weakref.ref(leaf) for leaf in _leaves((args, kwargs))]
 
+    def _call(self, path: str, call: Call) -> Any:
+        """The driver's own run: with the module's hooks, those that the driver has put there since included."""
+        with fast_products():
+            return self.model.get_submodule(path)(*call.args, **call.kwargs)
+
     def _run(self, path: str, call: Call) -> Any:
+        """A pass's run: the module's call has come through its hooks already."""
         module = self.model.get_submodule(path)
         old, forward = self._originals[path]
         with fast_products():

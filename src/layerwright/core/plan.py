@@ -60,6 +60,7 @@ class Plan:
         predicted: what was expected of it: `bytes`, `params`, `damage`, `loss`, ...
         seed: seed of everything random that led to it and that applying it takes.
         notes: free text.
+        prepare: steps that change weights but not what the model computes, done before any treatment: name to settings.
         source: the file it was read from; not compared.
         lines: path of a layer to its line in that file; not compared.
     """
@@ -73,6 +74,7 @@ class Plan:
     predicted: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     notes: str = ""
+    prepare: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     source: str = field(default="", compare=False, repr=False)
     lines: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
@@ -91,6 +93,7 @@ class Plan:
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "reasons", {path: why for path, why in reasons.items() if why})
         object.__setattr__(self, "model", dict(self.model))
+        object.__setattr__(self, "prepare", {name: dict(settings) for name, settings in self.prepare.items()})
         object.__setattr__(self, "predicted", {name: _plain(value) for name, value in self.predicted.items()})
 
     @classmethod
@@ -105,6 +108,7 @@ class Plan:
         base_loss: float | None = None,
         seed: int = 0,
         notes: str = "",
+        prepare: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Plan:
         """The plan of an allocator's choice: tied layers are listed one by one, a dropped block by its own path.
 
@@ -129,6 +133,7 @@ class Plan:
             predicted=predicted,
             seed=seed,
             notes=notes or (method if allocation.method else ""),
+            prepare=prepare or {},
         )
 
     def save(self, path: str | Path) -> Path:
@@ -155,6 +160,8 @@ class Plan:
             "predicted": dict(self.predicted),
             "notes": self.notes,
         }
+        if self.prepare:
+            head["prepare"] = {name: dict(settings) for name, settings in self.prepare.items()}
         text = "".join(f"{key}: {_flow(value)}\n" for key, value in head.items())
         lines = "".join(f"  {_flow(path)}: {_flow(self._entry(path))}\n" for path in self.layers)
         return f"{HEADER}{text}layers:{chr(10) + lines if lines else ' {}' + chr(10)}"
@@ -235,9 +242,10 @@ class Plan:
         found = [refusal] if refusal else []
         if shapes is None:
             return found
-        block = any(t.scope == "block" for t in treatments)
+        block = any(t.scope != "weight" for t in treatments)
         if block == (path in shapes):
-            kind = "has a weight of its own; name its block" if block else "has no weight of its own; name its layers"
+            whole = "its attention module" if any(t.scope == "attention" for t in treatments) else "its block"
+            kind = f"has a weight of its own; name {whole}" if block else "has no weight of its own; name its layers"
             return [*found, f"{describe(treatments)} cannot be given to it: it {kind}"]
         if not block:
             out, in_ = shapes[path]

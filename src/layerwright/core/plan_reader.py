@@ -98,8 +98,12 @@ class _Reader:
         }
         given: dict[str, Any] = {}
         for name, (key, node) in top.items():
-            if name not in {*kinds, "layerwright_plan", "layers"}:
-                raise self.error(key, str(unknown_name("key", name, [*kinds, "layers"])))
+            if name not in {*kinds, "layerwright_plan", "prepare", "layers"}:
+                raise self.error(key, str(unknown_name("key", name, [*kinds, "prepare", "layers"])))
+            if name == "prepare":
+                given[name] = {
+                    step: self.settings(v, f"prepare: {step}") for step, (_, v) in self.mapping(node, name).items()
+                }
             if name in ("model", "predicted"):
                 entries = self.mapping(node, name)
                 if name == "model" and (odd := next((e for e in entries if e not in MODEL_KEYS), None)):
@@ -112,6 +116,13 @@ class _Reader:
         if "layers" not in top:
             raise self.error(self.root, "layers: missing; list them, or write layers: {}")
         return self.layers(self.mapping(top["layers"][1], "layers"), given)
+
+    def settings(self, node: yaml.Node, what: str) -> dict[str, Any]:
+        """Settings of one step; none may be written as nothing at all."""
+        value = self.value(node, what)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(node, f"{what}: got {value!r}, expected settings such as {{alpha: 0.5}}, or {{}}")
+        return value or {}
 
     def typed(self, node: yaml.Node, what: str, kind: type) -> Any:
         value = self.value(node, what)

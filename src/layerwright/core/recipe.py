@@ -29,6 +29,8 @@ class Recipe:
         candidates: treatment sets that a weight layer may get (leaving it alone is always one more).
         drop_blocks: whether blocks may be removed.
         drop_scorer: scorer of a block's removal.
+        prepare: steps that change weights but not what the model computes (``shift_smooth``, ...), done before scoring
+            and treating: name to settings.
         group_size: group size of the uniform quantization that ``bits=`` refers to.
         scorer_settings, allocator_settings: keyword settings of the two.
         tuner: name of a tuner that recovers quality afterwards; empty for none.
@@ -47,6 +49,7 @@ class Recipe:
     candidates: tuple[Treatments, ...] = ()
     drop_blocks: bool = False
     drop_scorer: str = "block_removal"
+    prepare: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     group_size: int = -1
     scorer_settings: Mapping[str, Any] = field(default_factory=dict)
     allocator_settings: Mapping[str, Any] = field(default_factory=dict)
@@ -75,6 +78,12 @@ class Recipe:
             raise InputError(f"{where}: candidates: expected a list of treatments")
         values["candidates"] = tuple(treatments_from_data(item, f"{where}: candidates") for item in listed)
         values["needs"] = tuple(values.get("needs") or ())
+        steps = values.get("prepare") or {}
+        if not isinstance(steps, Mapping) or not all(isinstance(s or {}, Mapping) for s in steps.values()):
+            raise InputError(
+                f"{where}: prepare: expected steps with settings, such as {{shift_smooth: {{alpha: 0.5}}}}"
+            )
+        values["prepare"] = {name: dict(settings or {}) for name, settings in steps.items()}
         for key, value in values.items():
             default = fields[key].default
             known = type(default) if default is not dataclasses.MISSING else None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from layerwright.core.errors import InputError
-from layerwright.core.treatment import LowRank, Quantize, Sparsify, Treatments
+from layerwright.core.treatment import LowRank, Quantize, RoundActivations, RoundAttention, Sparsify, Treatments
 
-__all__ = ["kept_weights", "packed_bytes", "quantized_bytes", "stored_bytes"]
+__all__ = ["activation_bytes", "kept_weights", "packed_bytes", "quantized_bytes", "stored_bytes"]
 
 
 def packed_bytes(rows: int, columns: int, bits: int) -> int:
@@ -33,8 +33,25 @@ def stored_bytes(treatments: Treatments, out: int, in_: int, count: int = 1, ele
 
     A sparse matrix is a bit mask (one bit per weight, rows padded to bytes) and its kept values in one flat array;
     quantized, the values are codes packed into 32-bit words. A low-rank matrix is its two factors ``(out, rank)`` and
-    ``(rank, in)``; quantized, each factor is stored as a quantized matrix, the first one per channel.
+    ``(rank, in)``; quantized, each factor is stored as a quantized matrix, the first one per channel. Rounded
+    activations add their ranges (`activation_bytes`).
     """
+    return activation_bytes(treatments, in_) + _weight_bytes(treatments, out, in_, count, element_bytes)
+
+
+def activation_bytes(treatments: Treatments, channels: int = 1) -> int:
+    """Bytes of the ranges that rounded activations need: a float32 scale, and an 8-bit zero point where one is used."""
+    total = 0
+    for t in treatments:
+        if isinstance(t, RoundActivations) and t.share != "token":
+            zero = t.grid == "uniform" and not t.symmetric
+            total += (channels if t.share == "channel" else 1) * (5 if zero else 4)
+        if isinstance(t, RoundAttention):
+            total += 3 * 5 + (5 if t.probabilities == "uniform" else 4)
+    return total
+
+
+def _weight_bytes(treatments: Treatments, out: int, in_: int, count: int, element_bytes: int) -> int:
     quantize = next((t for t in treatments if isinstance(t, Quantize)), None)
     sparsify = next((t for t in treatments if isinstance(t, Sparsify)), None)
     low_rank = next((t for t in treatments if isinstance(t, LowRank)), None)

@@ -15,12 +15,15 @@ __all__ = [
     "Drop",
     "LowRank",
     "Quantize",
+    "RoundActivations",
+    "RoundAttention",
     "Sparsify",
     "Treatment",
     "Treatments",
     "describe",
     "treatments_from_data",
     "treatments_to_data",
+    "weight_treatments",
 ]
 
 
@@ -30,7 +33,7 @@ class Treatment:
 
     tag: ClassVar[str] = ""
     rank: ClassVar[int] = 0
-    scope: ClassVar[Literal["weight", "block"]] = "weight"
+    scope: ClassVar[Literal["weight", "block", "attention"]] = "weight"
 
     def label(self) -> str:
         """A short name for tables and charts."""
@@ -73,8 +76,7 @@ class Quantize(Treatment):
     act_mode: Literal["dynamic", "static"] = "dynamic"
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise InputError(f"bits: got {self.bits!r}, expected a whole number from 2 to 8")
+        _check_width(self.bits)
         if self.group_size != -1 and self.group_size < 1:
             raise InputError(f"group_size: got {self.group_size}, expected a positive number, or -1 for per channel")
         if self.act_bits not in (None, 8):
@@ -143,11 +145,86 @@ class LowRank(Treatment):
 
 @_known
 @dataclass(frozen=True)
+class RoundActivations(Treatment):
+    """Round what a layer reads to a grid of few bits, with ranges from the calibration.
+
+    Attributes:
+        bits: 2 to 8.
+        grid: `uniform`, or `two_region` for long tails such as the output of GELU (Tai et al., 2023).
+        share: one scale per `tensor` or `channel` from the calibration, or per `token` as it comes.
+        symmetric: no zero point.
+        observer: how a range is chosen: `minmax`; `mse` (least squared error); `percentile` (the best of three, Li et
+            al., 2023); `output` (least squared error of the layer's output).
+    """
+
+    tag: ClassVar[str] = "activations"
+    rank: ClassVar[int] = 40
+    bits: int = 8
+    grid: Literal["uniform", "two_region"] = "uniform"
+    share: Literal["tensor", "channel", "token"] = "tensor"
+    symmetric: bool = False
+    observer: Literal["minmax", "mse", "percentile", "output"] = "mse"
+
+    def __post_init__(self) -> None:
+        _check_width(self.bits)
+        if self.grid == "two_region" and (self.share != "tensor" or self.bits < 3):
+            raise InputError("grid: two_region needs share: tensor and at least 3 bits (one says which region)")
+
+    def label(self) -> str:
+        """A short name for tables and charts."""
+        return f"a{self.bits}{'' if self.grid == 'uniform' else ' two-region'}"
+
+
+@_known
+@dataclass(frozen=True)
+class RoundAttention(Treatment):
+    """Round what the two products of an attention module read: query, key, probabilities, value.
+
+    Attributes:
+        bits: of all four, 2 to 8.
+        probabilities: grid of the probabilities: `uniform`, `log2`, `log_sqrt2` (Li et al., 2023) or `two_region`.
+        key_bits: of query and key, where other than `bits`.
+        observer: see `RoundActivations`.
+    """
+
+    tag: ClassVar[str] = "attention"
+    rank: ClassVar[int] = 40
+    scope: ClassVar[Literal["weight", "block", "attention"]] = "attention"
+    bits: int = 8
+    probabilities: Literal["uniform", "log2", "log_sqrt2", "two_region"] = "uniform"
+    key_bits: int | None = None
+    observer: Literal["minmax", "mse", "percentile"] = "mse"
+
+    def __post_init__(self) -> None:
+        _check_width(self.bits)
+        if self.key_bits is not None:
+            _check_width(self.key_bits, "key_bits")
+        if self.probabilities == "two_region" and self.bits < 3:
+            raise InputError(f"bits: got {self.bits}, two regions need at least 3 (one bit says which region)")
+
+    def label(self) -> str:
+        """A short name for tables and charts."""
+        key = "" if self.key_bits in (None, self.bits) else f"/{self.key_bits}"
+        return f"attention a{self.bits}{key} {self.probabilities}"
+
+
+def _check_width(bits: object, name: str = "bits") -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise InputError(f"{name}: got {bits!r}, expected a whole number from 2 to 8")
+
+
+@_known
+@dataclass(frozen=True)
 class Drop(Treatment):
     """Remove the whole block: its input passes on unchanged."""
 
     tag: ClassVar[str] = "drop"
-    scope: ClassVar[Literal["weight", "block"]] = "block"
+    scope: ClassVar[Literal["weight", "block", "attention"]] = "block"
+
+
+def weight_treatments(treatments: Treatments) -> Treatments:
+    """Those that change the layer's weight, not what it reads and not whether it is there."""
+    return tuple(t for t in treatments if t.scope == "weight" and not isinstance(t, RoundActivations))
 
 
 def describe(treatments: Treatments) -> str:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from layerwright.core.errors import InputError
 from layerwright.core.layer import LayerRef, from_matrices, get_parameter
 from layerwright.core.registry import Registry
+from layerwright.nn.activation import InputQuantizer
+from layerwright.nn.attached import Attachment
+from layerwright.nn.attention_products import AttentionProducts
 from layerwright.nn.conv_settings import ConvSettings
 from layerwright.nn.experts import ExpertStack, LowRankStack, PackedStack, SparseStack, replace_parameter_
 from layerwright.nn.low_rank import LowRankConv, LowRankLinear
@@ -42,6 +45,8 @@ for _name, _cls in {
 }.items():
     MODULES.add(_name, _cls)
 MODULES.add("lora_linear", "layerwright.nn.lora:LoraLinear")
+MODULES.add("input_quantizer", InputQuantizer)
+MODULES.add("attention_products", AttentionProducts)
 
 
 _CONVS: dict[str, Any] = {"low_rank": LowRankConv, "sparse": SparseConv, "quantized": QuantConv}
@@ -102,12 +107,12 @@ def module_from_spec(spec: Mapping[str, Any]) -> nn.Module:
 
 
 def structure_of(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Path to spec of every treated layer in `model`, outermost modules only."""
+    """Path to spec of every treated layer in `model`, outermost modules only, and of every attachment."""
     found: dict[str, dict[str, Any]] = {}
     kinds = tuple(MODULES.get(name) for name in MODULES)
     for path, module in model.named_modules():
         inside = any(not outer or path.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, kinds) and not inside:
+        if isinstance(module, Attachment) or (isinstance(module, kinds) and not inside):
             found[path] = module.spec()
     return found
 
@@ -120,10 +125,12 @@ def rebuild_(model: nn.Module, structure: Mapping[str, Mapping[str, Any]]) -> No
     Raises:
         InputError: a path that the model does not have, or a malformed spec.
     """
-    late = sorted(structure, key=lambda path: str(structure[path].get("type")).startswith("tied_"))
-    for path in late:
+    for path in sorted(structure, key=lambda path: _turn(structure[path])):
         spec = structure[path]
         owner_path, _, name = path.rpartition(".")
+        if _turn(spec) == len(_TURNS):
+            _attach(model, path, spec)
+            continue
         try:
             owner = model.get_submodule(owner_path)
             old = getattr(owner, name)
@@ -140,6 +147,28 @@ def rebuild_(model: nn.Module, structure: Mapping[str, Mapping[str, Any]]) -> No
             _swap(model, old, new.train(old.training))
         else:
             raise InputError(f"structure: {path} is a parameter, expected a layer for {spec['type']}")
+
+
+_TURNS = ("tied_linear", "tied_embedding")
+"""What is built after the layers that it refers to; attachments come last, since their owner may be replaced."""
+
+
+def _turn(spec: Mapping[str, Any]) -> int:
+    kind = str(spec.get("type"))
+    if kind in MODULES and issubclass(MODULES.get(kind), Attachment):
+        return len(_TURNS)
+    return int(kind in _TURNS)
+
+
+def _attach(model: nn.Module, path: str, spec: Mapping[str, Any]) -> None:
+    try:
+        owner = model.get_submodule(path.rpartition(".")[0])
+    except AttributeError:
+        raise InputError(f"structure: the model has no layer {path}; it belongs to another model") from None
+    with torch.device(_device_of(owner)):
+        attachment = module_from_spec(spec)
+    assert isinstance(attachment, Attachment)
+    attachment.attach_(owner).train(owner.training)
 
 
 def _build(old: nn.Module, ref: LayerRef, stored: Stored, dtype: torch.dtype) -> nn.Module:

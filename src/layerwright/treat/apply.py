@@ -16,10 +16,12 @@ from layerwright.core.lockstep import Lockstep
 from layerwright.core.memory import peak_memory_bytes
 from layerwright.core.plan import Plan
 from layerwright.core.records import ApplyReport, LayerRecord
-from layerwright.core.treatment import Drop, Treatments
+from layerwright.core.treatment import Drop, RoundActivations, RoundAttention, Treatments, weight_treatments
 from layerwright.nn.stored import Stored
 from layerwright.score.inputs import UnitInputs, collect_inputs, forwards, units_of
+from layerwright.treat.activations import round_activations_
 from layerwright.treat.drop import drop_blocks
+from layerwright.treat.prepare import prepare_
 from layerwright.treat.unit import finish_unit, needs_inputs, treat_unit
 
 __all__ = ["apply_plan"]
@@ -58,6 +60,9 @@ def apply_plan(
     layers = {path: treatments for path, treatments in layers.items() if treatments}
     report = ApplyReport()
     copy = structure_copy(model)
+    steps, seed = (plan.prepare, plan.seed) if isinstance(plan, Plan) else ({}, 0)
+    if steps:
+        prepare_(copy, steps, None if calibration is None else as_calibration(calibration), seed=seed)
     known = {ref.path: ref for ref in list_layers(copy)}
     for path in layers:
         if path not in known:
@@ -71,7 +76,8 @@ def apply_plan(
         moved = {path: new for path in known if (new := block_map.new_path(path)) is not None}
         layers = {moved[path]: t for path, t in layers.items() if path in moved and path not in dropped}
         names = {new: path for path, new in moved.items()}
-    refs = [ref for ref in list_layers(copy) if layers.get(ref.path)]
+    everything = list_layers(copy)
+    refs = [ref for ref in everything if weight_treatments(layers.get(ref.path, ()))]
     needs = {ref.path: needs_inputs(layers[ref.path]) for ref in refs}
     pending: list[tuple[LayerRef, Stored]] = []
     with torch.no_grad(), evaluating(copy):
@@ -96,6 +102,10 @@ def apply_plan(
             refs = [ref for ref in refs if ref.path not in done]
         rest = treat_unit(copy, refs, layers, UnitInputs(), report, names=names)
         finish_unit(copy, rest, simulate=simulate)
+    if any(isinstance(t, RoundActivations | RoundAttention) for own in layers.values() for t in own):
+        if calibration is None:
+            raise PlanError("this plan rounds activations: pass calibration data")
+        round_activations_(copy, everything, layers, as_calibration(calibration), seed=seed)
     report.seconds = time.perf_counter() - begun
     report.peak_memory_bytes = peak_memory_bytes()
     return copy, report

@@ -11,7 +11,7 @@ from torch import nn
 from layerwright.core.layer import LayerRef, from_matrices, get_parameter, read_matrix
 from layerwright.core.records import ApplyReport, LayerRecord, Reason
 from layerwright.core.storage import stored_bytes
-from layerwright.core.treatment import Treatments, describe
+from layerwright.core.treatment import Treatments, describe, weight_treatments
 from layerwright.nn.replace import replace_
 from layerwright.nn.stored import Stored
 from layerwright.score.inputs import UnitInputs
@@ -45,7 +45,7 @@ def treat_unit(
         names: path in `model` to the path that reports use, where blocks were dropped.
     """
     finished: list[tuple[LayerRef, Stored]] = []
-    for group in inputs.groups([ref for ref in refs if plan.get(ref.path)]):
+    for group in inputs.groups([ref for ref in refs if weight_treatments(plan.get(ref.path, ()))]):
         statistics = inputs.of.get(group[0].path)
         weights = [read_matrix(model, ref) for ref in group]
         begun = time.perf_counter()
