@@ -1,12 +1,15 @@
 """Joint treatments against each single kind on ``demo:lm``, at the same sizes: ``python -m benchmarks.joint``.
 
-Every kind is planned from the same scores by the same integer program; losses are measured on held-out text.
+Every kind is planned from the same scores by the same integer program; the joint choice is settled by measuring on
+calibration data, as the recipe does it. Losses are measured on held-out text.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import tempfile
+from pathlib import Path
 
 from layerwright.allocate import ALLOCATORS
 from layerwright.core.budget import Budget
@@ -36,7 +39,12 @@ def main() -> None:
     bench = open_bench("demo:lm")
     joint = recipe("joint")
     wide = dataclasses.replace(joint, candidates=tuple(dict.fromkeys(joint.candidates + SPARSE + RANKS)))
-    decision = decide(bench, "size=0.9x", wide, seed=a.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        unsettled = dataclasses.replace(wide, measured_choice=False)
+        decision = decide(bench, "size=0.9x", unsettled, seed=a.seed, scores_folder=Path(folder))
+        joined = {
+            size: decide(bench, f"size={size}x", joint, seed=a.seed, scores_folder=Path(folder)) for size in a.sizes
+        }
     base = bench.heldout.mean_loss(bench.model)
     print(f"untouched: {base:.4f} nats/byte")
     for size in a.sizes:
@@ -49,13 +57,19 @@ def main() -> None:
             table = dataclasses.replace(decision.table, options=tuple(options))
             limits = limits_of(Budget.parse(f"size={size}x"), table, decision.refs, -1, 2)
             try:
-                allocation = ALLOCATORS.get("integer")(table, limits, seed=a.seed)
+                allocation = (
+                    joined[size].allocation
+                    if kind == "joint"
+                    else ALLOCATORS.get("integer")(table, limits, seed=a.seed)
+                )
             except BudgetError as error:
                 print(f"size={size}x  {kind:9s} cannot: {error}")
                 continue
             plan = {o.layer if len(o.covers) > 1 else o.covers[0]: o.treatments for o in allocation.chosen}
             treated, _ = apply_plan(bench.model, plan, bench.calibration, simulate=True)
             loss = bench.heldout.mean_loss(treated)
+            if kind == "joint":
+                print(f"size={size}x  {joined[size].plan.notes}")
             print(
                 f"size={size}x  {kind:9s} predicted +{allocation.damage:.4f}  measured +{loss - base:.4f} nats/byte"
                 f"  {allocation.cost.bytes:,.0f} bytes",

@@ -14,7 +14,7 @@ from layerwright.data import demo_data
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=32)
     a = parser.parse_args()
     model, processor = lw.load("demo:vit")
     calibration = demo_data("demo:vit", processor, samples=a.samples)

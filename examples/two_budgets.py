@@ -13,7 +13,7 @@ from layerwright.data import demo_data
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--scores", type=Path, help="folder of the scores; a temporary one if it is left out")
     a = parser.parse_args()
@@ -23,7 +23,7 @@ def main() -> None:
         folder = a.scores or Path(temporary)
         for budget in ("bits=4", "bits=3"):
             begun = time.perf_counter()
-            plan = lw.plan(model, calibration, budget=budget, recipe="mixed", scores=folder)
+            plan = lw.plan(model, calibration, budget=budget, recipe="rtn", scores=folder)
             seconds = time.perf_counter() - begun
             size, damage = plan.predicted["bytes"], plan.predicted["damage"]
             print(f"{budget}: {size:,.0f} bytes, predicted loss +{damage:.4f}, planned in {seconds:.1f} s")

@@ -12,7 +12,7 @@ RUNS = {
     "own_module.py": (["--steps", "40"], ["blocks.0.up", "damage at 3 bits", "before", "after"]),
     "two_budgets.py": (
         ["--samples", "2", "--length", "32"],
-        ["bits=4", "bits=3", "fisher.json", "used for both plans"],
+        ["bits=4", "bits=3", "output_error.json", "used for both plans"],
     ),
     "edit_plan.py": (["--samples", "16"], [" -> int8 rtn", "planned", "edited", "accuracy"]),
 }

@@ -55,6 +55,18 @@ def test_unknown_name_is_an_attribute_error() -> None:
         _ = layerwright.no_such_name
 
 
+def test_the_verb_tune_stays_a_verb_once_its_room_is_imported() -> None:
+    import layerwright.tune as room
+    from layerwright.recipes import verbs
+
+    assert callable(layerwright.tune)
+    assert "lora" in room.TUNERS
+    with pytest.raises(Exception, match="no_such_tuner"):
+        layerwright.tune(None, [], "no_such_tuner")
+    with pytest.raises(Exception, match="no_such_tuner"):
+        verbs.tune(None, [], "no_such_tuner")
+
+
 LIGHT = """
 import json, sys, time, torch
 begun = time.process_time()

@@ -6,7 +6,9 @@ Verbs: `load`, `inspect`, `plan`, `apply`, `tune`, `measure`, `save`, `optimize`
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -73,3 +75,23 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+class _VerbRoom(ModuleType):
+    """A room that has the name of a verb: to call it is to run the verb."""
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        verb = self.__name__.rpartition(".")[2]
+        return getattr(import_module(f"{__name__}.{_HOMES[verb]}"), verb)(*args, **settings)
+
+
+class _Package(ModuleType):
+    """Importing a room puts it into the package under its name, over the verb `tune`: it is made to stand for both."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOMES and isinstance(value, ModuleType):
+            value.__class__ = _VerbRoom
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -18,21 +18,8 @@ from layerwright.data.loading import load
 SMALL = ["--samples", "4", "--length", "32"]
 COMMANDS = (
     *("check", "inspect", "plan", "apply", "tune", "measure", "export", "optimize"),
-    *("report", "recipes", "systems", "study"),
+    *("report", "recipes", "systems", "study", "place"),
 )
-
-
-@pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must succeed; returns its standard output."""
-
-    def run(*arguments: str | Path) -> str:
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert code == 0, captured.err
-        return captured.out
-
-    return run
 
 
 Said = Callable[..., str]

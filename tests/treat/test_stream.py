@@ -127,3 +127,13 @@ def test_dropping_blocks_while_streaming(tmp_path: Path) -> None:
     streamed, _ = load(tmp_path / "out")
     assert data.mean_loss(streamed) == pytest.approx(data.mean_loss(whole), rel=1e-5)
     assert streamed.config.num_hidden_layers == model.config.num_hidden_layers - 1
+
+
+def test_a_model_without_blocks_does_not_stream(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=32, num_hidden_layers=0, num_attention_heads=2
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "in")
+    assert streams(tmp_path / "in") == "it has no repeated blocks"

@@ -11,10 +11,11 @@ from torch import nn
 from layerwright.allocate import integer
 from layerwright.core.calibration import Calibration
 from layerwright.core.errors import BudgetError
-from layerwright.tune import TUNERS, AdaQuant, bias_tune
+from layerwright.tune import TUNERS, AdaQuant, bias_tune, renormalize
 from layerwright.tune._affine import affine_quantize, mse_range, nelder_mead_range
 from layerwright.tune._fake_layers import full_precision, quantize_layers
-from layerwright.tune.layer_swap import assemble, layer_swap, option_bits
+from layerwright.tune.bias_tune import bias_tune_
+from layerwright.tune.layer_swap import assemble_, layer_swap, option_bits
 
 
 def net(seed: int = 0) -> nn.Module:
@@ -299,11 +300,29 @@ def test_layer_swap_is_the_measured_difference_and_leaves_the_base():
         assert torch.equal(base(x), before)
     assert table.layers == LAYERS
     mixed = copy.deepcopy(base)
-    assemble(mixed, [low], {"3": 2})
+    assemble_(mixed, [low], {"3": 2})
     want = data.mean_loss(mixed) - data.mean_loss(base)
     got = {(o.layer, o.treatments[0].bits): o.damage for o in table.options}
     assert got[("3", 2)] == pytest.approx(max(want, 1e-6), abs=1e-6)
     assert got[("3", 8)] == 0 and min(v for (_, b), v in got.items() if b == 2) >= 1e-6
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bit_operations_are_counted_and_can_be_the_budget(transposed: bool) -> None:
+    torch.manual_seed(0)
+    first = nn.ConvTranspose2d(2, 6, 3, stride=2, groups=2) if transposed else nn.Conv2d(2, 6, 3, stride=2, groups=2)
+    model = nn.Sequential(first, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)).eval()
+    data = labelled()
+    base, low = (quantize_layers(model, data, {"0": (bits, bits), "3": (bits, None)}) for bits in (8, 4))
+    table = layer_swap(base, [low], data)
+    # One output value of a convolution, or one input value of a transposed one, meets 9 weights of 1 or 3 channels.
+    macs = 8 * 2 * 6 * 6 * 3 * 9 if transposed else 8 * 6 * 2 * 2 * 1 * 9
+    want = {("0", 8): 2 * macs * 64 / 1024, ("0", 4): 2 * macs * 16 / 1024}
+    want |= {("3", bits): 2 * 8 * 30 * bits * 32 / 1024 for bits in (8, 4)}
+    assert {(o.layer, o.treatments[0].bits): o.cost.flops for o in table.options} == pytest.approx(want)
+    assert table.original.flops == 2 * (macs + 8 * 30)
+    limit = want[("0", 4)] + want[("3", 8)]
+    assert option_bits(integer(table, {"flops": limit}).chosen) == {"0": 4, "3": 8}
 
 
 def test_program_is_the_brute_force_optimum():
@@ -336,7 +355,7 @@ def test_bias_tuning_moves_biases_alone_and_lowers_the_divergence():
     model, data = net(), images()
     fake = quantize_layers(model, data, dict.fromkeys(LAYERS, (3, 4)))
     before = {key: value.clone() for key, value in fake.named_parameters()}
-    fit = bias_tune(fake, model, data, epochs=6, rate=0.05)
+    fit = bias_tune_(fake, model, data, epochs=6, rate=0.05)
     assert fit.after < fit.before
     assert fit.layers == ("0", "2", "3")
     moved = {key for key, value in fake.named_parameters() if not torch.equal(value, before[key])}
@@ -348,7 +367,7 @@ def test_bias_tuning_that_does_harm_is_undone():
     model, data = net(), images()
     fake = quantize_layers(model, data, dict.fromkeys(LAYERS, (3, 4)))
     before = [p.clone() for p in fake.parameters()]
-    fit = bias_tune(fake, model, data, epochs=2, rate=1e4)
+    fit = bias_tune_(fake, model, data, epochs=2, rate=1e4)
     assert fit.after == fit.before
     assert all(torch.equal(a, b) for a, b in zip(before, fake.parameters()))
 
@@ -447,3 +466,31 @@ def test_tuners_bring_a_treated_model_closer_to_its_teacher(name):
     assert after < before
     with pytest.raises(ValueError, match=r"teacher|reference"):
         TUNERS.get(name)(treated, data)
+
+
+def test_every_step_refuses_an_empty_calibration_and_puts_the_mode_back():
+    model, data = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 3)), [torch.randn(16, 4)]
+    labelled_data = Calibration([(data[0], torch.arange(16) % 3)])
+    base, low = (quantize_layers(model, data, {"0": (bits, bits)}) for bits in (8, 2))
+    steps = {
+        "swap": lambda calibration: layer_swap(base, [low], calibration),
+        "bias": lambda calibration: bias_tune(low, model, calibration, epochs=1),
+        "renormalize": lambda calibration: renormalize(low, calibration),
+    }
+    for module in (model, base, low):
+        module.train()
+    for step in steps.values():
+        with pytest.raises(ValueError, match="empty"):
+            step([])
+        first, second = (step(labelled_data) for _ in range(2))
+        if isinstance(first, nn.Module):
+            assert first.training and first[1].training
+            assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+        else:
+            assert first == second  # no dropout while measuring
+        assert model.training and base.training and low.training and low[1].training
+    table = layer_swap(base, [low], labelled_data)
+    least = min(option.cost.bytes for option in table.options)
+    with pytest.raises(ValueError, match="reachable minimum") as caught:
+        integer(table, {"bytes": 0.5 * least})
+    assert f"{least:g}" in str(caught.value)

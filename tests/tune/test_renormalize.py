@@ -8,9 +8,8 @@ from torch import nn
 
 from layerwright.core.calibration import Calibration
 from layerwright.treat.fold import fold_batchnorm
-from layerwright.tune import renormalize
 from layerwright.tune._fake_layers import fake_layers, quantize_layers
-from layerwright.tune.renormalize import fold_norms, insert_norms, statistics_of
+from layerwright.tune.renormalize import fold_norms_, insert_norms, renormalize_, statistics_of
 
 
 def net() -> nn.Module:
@@ -66,7 +65,7 @@ def test_folding_keeps_the_codes_and_equals_the_live_norms():
         item.norm.eval()
     x = torch.cat(images(seed=5))
     want = fake(x)
-    fold_norms(live)
+    fold_norms_(live)
     torch.testing.assert_close(fake(x), want, atol=1e-5, rtol=1e-5)
     for path, layer in fake_layers(fake).items():
         now = layer.codes()
@@ -81,7 +80,7 @@ def test_outputs_get_the_full_precision_mean_and_deviation():
     model, x = nn.Sequential(nn.Conv2d(2, 6, 3)), torch.cat(images())
     fake = quantize_layers(model, [x], {"0": (2, 3)})
     want, before = model(x), fake(x)
-    renormalize(fake, [x])
+    renormalize_(fake, [x])
     after = fake(x)
     dims = (0, 2, 3)
     torch.testing.assert_close(after.mean(dims), want.mean(dims), atol=1e-4, rtol=1e-4)
@@ -106,7 +105,7 @@ def test_folded_batchnorm_tells_the_statistics_even_with_negative_gains():
     torch.testing.assert_close(std, model[1].weight.abs())
     x = torch.cat(data)
     before = (fake(x) - model(x)).square().mean()
-    renormalize(fake, data)
+    renormalize_(fake, data)
     assert torch.equal(fake[0].codes()[1].sign(), signs)
     assert (fake(x) - model(x)).square().mean() < 1.5 * before
     torch.testing.assert_close(fake(x).mean((0, 2, 3)), model(x).mean((0, 2, 3)), atol=1e-3, rtol=1e-3)
@@ -116,8 +115,8 @@ def test_folded_batchnorm_tells_the_statistics_even_with_negative_gains():
 def test_reference_and_several_passes():
     model, fake, data = quantized()
     other = copy.deepcopy(fake)
-    first = renormalize(fake, data)
-    second = renormalize(other, data, reference=model, passes=3)
+    first = renormalize_(fake, data)
+    second = renormalize_(other, data, reference=model, passes=3)
     for path in LAYERS:
         torch.testing.assert_close(first[path][0], second[path][0], atol=1e-4, rtol=1e-4)
     x = torch.cat(data)
@@ -128,7 +127,7 @@ def test_mode_is_put_back_and_nothing_stays_behind():
     _, fake, data = quantized()
     fake.train()
     names = list(fake.state_dict())
-    renormalize(fake, data)
+    renormalize_(fake, data)
     assert fake.training and list(fake.state_dict()) == names
     assert not any(layer._forward_hooks for layer in fake_layers(fake).values())
 
@@ -136,13 +135,13 @@ def test_mode_is_put_back_and_nothing_stays_behind():
 def test_bad_input():
     model, fake, data = quantized()
     with pytest.raises(ValueError, match="no quantized layers"):
-        renormalize(model, data)
+        renormalize_(model, data)
     with pytest.raises(ValueError, match="passes"):
-        renormalize(fake, data, passes=0)
+        renormalize_(fake, data, passes=0)
     with pytest.raises(ValueError, match="reference"):
-        renormalize(fake, data, reference=nn.Sequential(nn.Linear(2, 2)))
+        renormalize_(fake, data, reference=nn.Sequential(nn.Linear(2, 2)))
     x = torch.cat(data)
     before = fake(x)
     with pytest.raises(ValueError, match="one value per channel"):
-        renormalize(fake, [x[:1]])
+        renormalize_(fake, [x[:1]])
     assert torch.equal(fake(x), before)

@@ -21,6 +21,7 @@ __all__ = [
     "Samples",
     "Seed",
     "TargetName",
+    "own_dtype",
 ]
 
 Model = Annotated[
@@ -53,3 +54,8 @@ Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's own)
 Force = Annotated[bool, typer.Option("--force", help="Replace a finished output of ours in the output folder.")]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Calibration samples.")]
 Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in one calibration sample.")]
+
+
+def own_dtype(dtype: str) -> str | None:
+    """What `--dtype` says, None for the checkpoint's own."""
+    return None if dtype == "auto" else dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +75,7 @@ class Allocation:
     Attributes:
         chosen: options that together cover each layer once.
         cost: predicted cost of the whole model (`fixed` included).
-        damage: predicted increase of the loss (the sum over `chosen`).
+        damage: predicted increase of the loss (the sum over `chosen`); NaN where the method predicts none.
         reasons: layer path to one sentence: marginal damage per byte of the choice and of the next best option.
         method: name of the allocator.
         optimal: whether the choice is proven optimal.
@@ -88,6 +89,11 @@ class Allocation:
     method: str = ""
     optimal: bool = False
     bound: float | None = None
+
+    @property
+    def predicted(self) -> float | None:
+        """The damage, None where the method predicts none."""
+        return self.damage if math.isfinite(self.damage) else None
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,10 @@ class Plan:
             block = any(t.scope == "block" for t in option.treatments)
             layers |= dict.fromkeys((option.layer,) if block else option.covers, option.treatments)
         costs = {name: value for name, value in allocation.cost.to_data().items() if isinstance(value, float) and value}
-        predicted = {**costs, "damage": allocation.damage}
-        if base_loss is not None:
+        # Some methods predict no damage (NaN): then none is written.
+        known = allocation.predicted is not None
+        predicted = {**costs, "damage": allocation.damage} if known else costs
+        if base_loss is not None and known:
             predicted["loss"] = base_loss + allocation.damage
         method = f"chosen by {allocation.method}{', proven optimal' if allocation.optimal else ''}"
         return cls(

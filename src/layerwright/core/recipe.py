@@ -29,12 +29,15 @@ class Recipe:
         candidates: treatment sets that a weight layer may get (leaving it alone is always one more).
         drop_blocks: whether blocks may be removed.
         drop_scorer: scorer of a block's removal.
+        attention: what every attention module gets (`RoundAttention`), besides what is decided.
         prepare: steps that change weights but not what the model computes (``shift_smooth``, ...), done before scoring
             and treating: name to settings.
         group_size: group size of the uniform quantization that ``bits=`` refers to.
         scorer_settings, allocator_settings: keyword settings of the two.
         tuner: name of a tuner that recovers quality afterwards; empty for none.
         tuner_settings: its settings.
+        decider: name of a decider that takes the place of scorer and allocator; empty for none.
+        decider_settings: its settings.
         measured_choice: also apply each kind of treatment alone, and take what has the lowest calibration loss.
         needs: what the model must have: ``batchnorm``, ``decoder``, ``labels``, ...
         samples: calibration samples; length: tokens in one.
@@ -49,12 +52,15 @@ class Recipe:
     candidates: tuple[Treatments, ...] = ()
     drop_blocks: bool = False
     drop_scorer: str = "block_removal"
+    attention: Treatments = ()
     prepare: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     group_size: int = -1
     scorer_settings: Mapping[str, Any] = field(default_factory=dict)
     allocator_settings: Mapping[str, Any] = field(default_factory=dict)
     tuner: str = ""
     tuner_settings: Mapping[str, Any] = field(default_factory=dict)
+    decider: str = ""
+    decider_settings: Mapping[str, Any] = field(default_factory=dict)
     measured_choice: bool = False
     needs: tuple[str, ...] = ()
     samples: int = 128
@@ -77,6 +83,7 @@ class Recipe:
         if not isinstance(listed, list):
             raise InputError(f"{where}: candidates: expected a list of treatments")
         values["candidates"] = tuple(treatments_from_data(item, f"{where}: candidates") for item in listed)
+        values["attention"] = treatments_from_data(values.get("attention"), f"{where}: attention")
         values["needs"] = tuple(values.get("needs") or ())
         steps = values.get("prepare") or {}
         if not isinstance(steps, Mapping) or not all(isinstance(s or {}, Mapping) for s in steps.values()):
@@ -104,5 +111,6 @@ class Recipe:
         """Plain data; `from_data` reads it back."""
         data = dataclasses.asdict(self)
         data["candidates"] = [treatments_to_data(treatments) for treatments in self.candidates]
+        data["attention"] = treatments_to_data(self.attention)
         data["needs"] = list(self.needs)
         return data

@@ -185,6 +185,10 @@ class DenseStack(TreatedWeight):
         """Rows ``start:stop`` of matrix `part`, dense in `dtype`."""
         return self.values[part, start:stop].to(dtype)
 
+    def logical_parameters(self) -> int:
+        """None besides its parameter."""
+        return 0
+
     def linear(self, x: Tensor, bias: Tensor | None = None, part: int = 0) -> Tensor:
         """As `TreatedWeight.linear`, differentiable in the weight too."""
         return torch.nn.functional.linear(x, self.values[part], bias)
@@ -234,6 +238,10 @@ class LowRankStack(ExpertStack):
     def device(self) -> torch.device:
         """Where the weight is."""
         return self.left.device
+
+    def logical_parameters(self) -> int:
+        """None besides those of its factors."""
+        return 0
 
     def read_rows(self, part: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows ``start:stop`` of matrix `part`, dense in `dtype`."""

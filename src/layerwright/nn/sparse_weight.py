@@ -86,6 +86,11 @@ class SparseWeight(TreatedWeight):
         """Where the weight is."""
         return self.weight_mask.device
 
+    def logical_parameters(self) -> int:
+        """The weights that the mask keeps, and the bias."""
+        bias = self._buffers.get("bias")
+        return self.kept + (0 if bias is None else bias.numel())
+
     def forget(self) -> None:
         """Drop the processor's own forms of the weight."""
         self._derived = {}

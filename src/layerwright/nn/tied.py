@@ -75,6 +75,10 @@ class TiedLinear(Tied):
         size, name = (None, None) if bias is None else (bias.numel(), dtype_name(bias.dtype))
         return {"type": "tied_linear", "to": self.to_path, "bias": size, "dtype": name}
 
+    def logical_parameters(self) -> int:
+        """Its bias: the weight counts where it stands."""
+        return 0 if self.bias is None else self.bias.numel()
+
     @property
     def in_features(self) -> int:
         """Size of the input."""

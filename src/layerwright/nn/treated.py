@@ -13,7 +13,16 @@ from torch.utils._pytree import tree_map
 
 from layerwright.core.errors import InputError
 
-__all__ = ["DENSE_CHUNK_BYTES", "TreatedLinear", "TreatedWeight", "WeightView", "dtype_name", "named_dtype", "owned"]
+__all__ = [
+    "DENSE_CHUNK_BYTES",
+    "TreatedLinear",
+    "TreatedWeight",
+    "WeightView",
+    "dtype_name",
+    "logical_parameters",
+    "named_dtype",
+    "owned",
+]
 
 DENSE_CHUNK_BYTES = 64 << 20
 """Bound on the part of a weight that a product holds dense at any time (at least one row)."""
@@ -40,6 +49,21 @@ def named_dtype(name: str) -> torch.dtype:
 def owned(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     """A contiguous copy in `dtype` and `shape` that shares no memory and no graph with `tensor`."""
     return tensor.detach().to(dtype).reshape(shape).clone(memory_format=torch.contiguous_format)
+
+
+def logical_parameters(model: nn.Module) -> int:
+    """Number of parameters that `model` computes with, whatever form they are stored in; shared ones count once.
+
+    A packed integer weight counts by its shape: ``out * in``, at any width and group size (scales and zero points are
+    the form, not parameters). A low-rank weight counts its two factors, as they take the place of the product. A
+    sparse weight counts the weights that its mask keeps. These are the numbers that a ``params`` budget limits, so
+    that what a plan predicts is what is counted after it.
+    """
+    count = sum(p.numel() for p in model.parameters())
+    for module in model.modules():
+        held: Any = getattr(module, "logical_parameters", None)
+        count += int(held()) if held is not None else 0
+    return count
 
 
 class TreatedWeight(nn.Module, ABC):
@@ -71,6 +95,13 @@ class TreatedWeight(nn.Module, ABC):
     @abstractmethod
     def spec(self) -> dict[str, Any]:
         """Plain data from which `layerwright.nn.replace.module_from_spec` builds an empty module of the same form."""
+
+    def logical_parameters(self) -> int:
+        """Parameters that this module's own buffers stand for: those it holds in submodules or as ``nn.Parameter``
+        are counted there.
+        """
+        bias = self._buffers.get("bias")
+        return self.count * self.rows * self.columns + (0 if bias is None else bias.numel())
 
     def forget(self) -> None:
         """Drop whatever was derived from the stored tensors; called when they move, change dtype or are loaded."""

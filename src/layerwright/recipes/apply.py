@@ -17,6 +17,7 @@ from layerwright.core.layers import list_layers
 from layerwright.core.memory import peak_memory_bytes
 from layerwright.core.plan import Plan
 from layerwright.core.records import ApplyReport
+from layerwright.core.treatment import RoundActivations, RoundAttention
 from layerwright.data.loading import Source, check_device, load, locate, torch_dtype
 from layerwright.recipes.bench import read_data
 from layerwright.recipes.forecast import forecast_apply
@@ -144,8 +145,19 @@ def apply_job(
     calibration, _ = read_data(source, data, samples=samples, length=length)
     if source.structure:
         reason = "it is treated already"
+    if decided.prepare:
+        reason = reason or f"the plan prepares the whole model first: {', '.join(decided.prepare)}"
+    if any(isinstance(t, RoundActivations | RoundAttention) for own in decided.layers.values() for t in own):
+        reason = reason or "the plan rounds activations"
     reason = reason or streams(source.folder)
-    forecast = forecast_apply(skeleton, decided, calibration, streamed=not reason)
+    forecast = forecast_apply(
+        skeleton,
+        decided,
+        calibration,
+        streamed=not reason,
+        folder=source.folder,
+        spent_seconds=time.perf_counter() - begun,
+    )
     if say:
         say(f"loading {source.name} {'block by block' if not reason else f'whole ({reason})'}; {forecast}")
     if not reason:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from layerwright.core.budget import Budget
 from layerwright.core.checkpoint import Checkpoint
-from layerwright.core.errors import BudgetError, CheckError, InputError
+from layerwright.core.errors import CheckError, InputError
 from layerwright.core.forecast import Forecast
 from layerwright.core.layer import LayerRef
 from layerwright.core.layers import list_layers, saved_tensors, treatable
@@ -19,14 +20,17 @@ from layerwright.core.plan import Plan
 from layerwright.core.recipe import Recipe
 from layerwright.core.registry import Registry
 from layerwright.core.storage import stored_bytes
+from layerwright.core.target import Target
 from layerwright.core.target import target as target_named
 from layerwright.core.treatment import Treatments
 from layerwright.data.loading import check_device, locate, torch_dtype
 from layerwright.recipes.bench import read_data
 from layerwright.recipes.book import default_recipe, recipe
+from layerwright.recipes.feasible import refuse_unreachable, static_part
 from layerwright.recipes.forecast import forecast_apply
+from layerwright.recipes.job import protected_blocks
 from layerwright.recipes.table import candidates_for
-from layerwright.score.costs import find_blocks_or_none
+from layerwright.score.costs import find_blocks_or_none, profile_model
 from layerwright.treat.stream import empty_model
 from layerwright.treat.writer import check_folder
 
@@ -54,6 +58,7 @@ def check_job(
     Raises:
         CheckError: every problem that was found, one line each.
     """
+    begun = time.perf_counter()
     problems: list[str] = []
 
     def attempt(action: Callable[[], Any]) -> Any:
@@ -94,12 +99,19 @@ def check_job(
         attempt(lambda: _require_extra(goal.format))
     width = next(t.element_size() for n, t in saved_tensors(skeleton) if n == refs[0].parameter)
     candidates = candidates_for(refs, chosen, goal, width)
-    if not any(candidates.values()) and not chosen.drop_blocks:
+    if not any(candidates.values()) and not chosen.drop_blocks:  # without blocks `_reachable` refuses
         problems.append(f"recipe {chosen.name} has no treatment that {goal.name} loads and that fits {source.name}")
     smallest = {ref.path: _smallest(ref, candidates[ref.path], width) for ref in refs}
-    attempt(lambda: _reachable(limits, skeleton, refs, smallest, width, chosen, checkpoint.total_bytes))
+    attempt(lambda: _reachable(limits, skeleton, refs, candidates, chosen, goal, width))
     plan = Plan(layers={path: t for path, t in smallest.items() if t})
-    forecast = forecast_apply(skeleton, plan, split[0], streamed=False)
+    forecast = forecast_apply(
+        skeleton,
+        plan,
+        split[0],
+        streamed=False,
+        folder=source.folder,
+        spent_seconds=time.perf_counter() - begun,
+    )
     if out is not None:
         attempt(lambda: _room(Path(out), forecast.disk_bytes))
     if forecast.peak_memory_bytes > 1.2 * _memory():
@@ -148,33 +160,28 @@ def _require_extra(form: str) -> None:
     require_extra({"gguf": "gguf", "compressed-tensors": "compressed_tensors", "onnx": "onnxscript"}[form], "export")
 
 
-def _reachable(limits: Budget, model: Any, refs: Any, smallest: Any, width: int, chosen: Any, total: int) -> None:
-    """Refuse a budget of bytes that even the smallest choice cannot meet (blocks that may be dropped aside)."""
-    if chosen.drop_blocks:
-        return
-    from layerwright.recipes.table import uniform_bytes
-
-    planned = sum(ref.numel for ref in refs) * width
-    least = total - planned + sum(_size(ref, smallest[ref.path], width) for ref in refs)
-    for limit in limits:
-        if limit.resource != "bytes":
-            continue
-        if limit.name == "bits":
-            bound = total - planned + uniform_bytes(refs, limit.value, chosen.group_size, width)
-            if least > bound + 0.5:
-                numel = sum(ref.numel for ref in refs)
-                scales = uniform_bytes(refs, 2, chosen.group_size, width) - numel / 4
-                reach = (least - (total - planned) - scales) * 8 / numel
-                raise BudgetError(
-                    f"budget: {limit} cannot be reached with recipe {chosen.name}; the reachable minimum is bits={reach:.2f}"
-                )
-        else:
-            bound = limit.value * total if limit.unit == "relative" else limit.value
-            if least > bound + 0.5:
-                raise BudgetError(
-                    f"budget: {limit} cannot be reached with recipe {chosen.name}; the reachable minimum is "
-                    f"size={least / total:.3f}x ({least / 1e6:.2f} MB)"
-                )
+def _reachable(
+    limits: Budget,
+    model: Any,
+    refs: tuple[LayerRef, ...],
+    candidates: dict[str, tuple[Treatments, ...]],
+    chosen: Recipe,
+    goal: Target,
+    width: int,
+) -> None:
+    """Refuse a budget that the shapes alone show to be out of reach, dropped blocks included."""
+    blocks = find_blocks_or_none(model)
+    refuse_unreachable(
+        static_part(limits),
+        profile_model(model, timing=False),
+        refs,
+        candidates,
+        chosen,
+        goal,
+        element_bytes=width,
+        blocks=blocks,
+        settings=protected_blocks(chosen.allocator_settings, sum(len(stack) for stack in blocks)),
+    )
 
 
 def _room(out: Path, needed: float) -> None:

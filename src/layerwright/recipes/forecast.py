@@ -1,39 +1,28 @@
-"""Forecast peak memory, time and disk of applying a plan, from real shapes and a short measurement of this machine."""
+"""Forecast peak memory, time and disk of applying a plan, from real shapes and short measurements of this machine."""
 
 from __future__ import annotations
 
 import time
-from functools import cache
+from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from layerwright.core.calibration import Calibration
 from layerwright.core.forecast import Forecast
 from layerwright.core.layer import LayerRef
 from layerwright.core.layers import list_layers, saved_tensors
-from layerwright.core.memory import resident_bytes
+from layerwright.core.memory import peak_memory_bytes, release_free_memory, resident_bytes
 from layerwright.core.plan import Plan
 from layerwright.core.storage import stored_bytes
+from layerwright.recipes.duration import apply_seconds, count_work, hidden_size
 from layerwright.score.costs import find_blocks_or_none
 from layerwright.treat.unit import needs_inputs
 
-__all__ = ["forecast_apply", "matmul_flops_per_second", "output_bytes"]
+__all__ = ["forecast_apply", "output_bytes"]
 
-COLUMN_SECONDS_PER_ELEMENT = 2.2e-9
-"""Seconds per weight of GPTQ's column loop and its range search, measured; small beside the matrix products."""
-
-
-@cache
-def matmul_flops_per_second(dtype: torch.dtype, rows: int = 1024, width: int = 512) -> float:
-    """Floating-point operations per second of a linear layer here and now (a fifth of a second is spent on it)."""
-    x, weight = torch.randn(rows, width).to(dtype), torch.randn(width, width).to(dtype)
-    nn.functional.linear(x, weight)
-    runs, begun = 0, time.perf_counter()
-    while time.perf_counter() - begun < 0.2:
-        nn.functional.linear(x, weight)
-        runs += 1
-    return 2 * rows * width * width * runs / (time.perf_counter() - begun)
+NOTES_BYTES = {"layer": 1_300, "tensor": 180, "folder": 1_500}
+"""What the description, the plan, the report and the headers of a checkpoint take for each treated layer, each saved
+tensor, and besides."""
 
 
 def output_bytes(model: nn.Module, plan: Plan, refs: tuple[LayerRef, ...] | None = None) -> float:
@@ -52,15 +41,34 @@ def output_bytes(model: nn.Module, plan: Plan, refs: tuple[LayerRef, ...] | None
     return total
 
 
-def forecast_apply(model: nn.Module, plan: Plan, calibration: Calibration | None, *, streamed: bool = True) -> Forecast:
-    """What applying `plan` will take.
+def forecast_apply(
+    model: nn.Module,
+    plan: Plan,
+    calibration: Calibration | None,
+    *,
+    streamed: bool = True,
+    folder: Path | None = None,
+    spent_seconds: float = 0.0,
+) -> Forecast:
+    """What applying `plan` will take, start and end of the process included.
 
-    Memory: what the process holds now, the layers outside blocks, one block as read and as treated with its input
+    Memory: what the process has held at most until now, or holds now with the layers outside blocks, one block as read and as treated with its input
     statistics and their factors, two copies of the activations and one batch's widest intermediate (the whole model
-    and its treated layers when it is not streamed). Time: two forwards per block, one ``X^T X`` per distinct input,
-    the factorizations and the column loops, at the speed of a matrix product measured here. Disk: the output and the
-    saved activations.
+    and its treated layers when it is not streamed). Time: two forwards per block (the first up to its last treated
+    layer), one ``X^T X`` per distinct input, the treatment of each layer, reading and writing, and what is done once
+    a block and once a layer, each at the speed that a probe of some hundredths of a second finds here and now. Disk:
+    at the end the output and the files beside it; while it runs the activations before the next block too, twice
+    while new ones replace old ones.
+
+    Args:
+        model: on any device; only shapes are read.
+        plan: what to apply.
+        calibration: the data, if there is any.
+        streamed: block by block from the files.
+        folder: of the model; its tokenizer and the like are copied.
+        spent_seconds: what the run took until now, or will take before it begins.
     """
+    begun = time.perf_counter()
     refs = list_layers(model)
     weights = {ref.path: ref for ref in refs if ref.layout != "none"}
     sizes = {name: (t.numel() * t.element_size(), t.numel(), t.dtype) for name, t in saved_tensors(model)}
@@ -70,34 +78,66 @@ def forecast_apply(model: nn.Module, plan: Plan, calibration: Calibration | None
     outside = total - sum(inside.values())
     largest = max(inside.values(), default=0)
     treated = [ref for path, ref in weights.items() if plan.layers.get(path)]
-    grams = [ref for ref in treated if needs_inputs(plan.layers[ref.path]) == "gram"]
-    rows, batch_rows = _rows(calibration)
-    hidden = min((ref.shape[1] for ref in treated), default=0)
+    watched = [ref for ref in treated if needs_inputs(plan.layers[ref.path])]
+    grams = [ref for ref in watched if needs_inputs(plan.layers[ref.path]) == "gram"]
+    rows, batch_rows, length = _rows(calibration)
     widest = max((max(ref.shape) for ref in treated), default=0)
     width = max((dtype.itemsize for _, _, dtype in sizes.values()), default=4)
-    dtype = next((d for _, _, d in sizes.values() if d.is_floating_point), torch.float32)
-    statistics = _largest_statistics(grams, blocks)
-    activations = 2 * rows * hidden * width
+    activations = rows * hidden_size(model, treated) * width
     working = 4 * batch_rows * widest * 4
     weights_in_memory = outside + 3 * largest if streamed else total + largest
-    peak = resident_bytes() + weights_in_memory + (statistics + activations + working if grams else 0)
+    passing = _largest_statistics(grams, blocks) + 2 * activations + working if watched else 0
+    output = output_bytes(model, plan, refs)
+    # The last block's weights stand beside the activations of all: nothing is deleted before the whole is written.
+    state = float(activations) if streamed and watched else 0.0
+    finished = output + _notes_bytes(len(treated), len(sizes), folder)
+    work = count_work(
+        model,
+        plan,
+        weights,
+        rows=rows,
+        length=length,
+        blocks=len(blocks) if streamed else 0,
+        read=float(total),
+        written=output,
+        state=state,
+    )
+    seconds = apply_seconds(model, plan, weights, work, batch_rows)
+    release_free_memory()  # what the probes took
+    peak = max(float(peak_memory_bytes()), float(resident_bytes() + weights_in_memory + passing))
     return Forecast(
-        peak_memory_bytes=float(peak),
-        seconds=_seconds(weights, treated, grams, rows, dtype, total),
-        disk_bytes=output_bytes(model, plan, refs) + (activations / 2 if streamed and grams else 0),
-        output_bytes=output_bytes(model, plan, refs),
+        peak_memory_bytes=peak,
+        seconds=spent_seconds + seconds + time.perf_counter() - begun,
+        disk_bytes=max(finished + state, finished - outside + 2 * state),
+        output_bytes=output,
+        finished_bytes=finished,
     )
 
 
-def _rows(calibration: Calibration | None) -> tuple[int, int]:
+def _notes_bytes(layers: int, tensors: int, folder: Path | None) -> float:
+    """Files beside the tensors: descriptions, headers, and what is copied from the model's folder."""
+    copied = 0
+    if folder is not None:
+        weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
+        copied = sum(p.stat().st_size for p in folder.iterdir() if p.is_file() and not p.name.endswith(weights))
+    notes = NOTES_BYTES["layer"] * layers + NOTES_BYTES["tensor"] * (tensors + 2 * layers) + NOTES_BYTES["folder"]
+    return float(copied + notes)
+
+
+def _rows(calibration: Calibration | None) -> tuple[int, int, int]:
+    """Tokens of all batches, of the largest batch, and of one sample."""
     if calibration is None:
-        return 0, 0
-    counts = []
+        return 0, 0, 1
+    counts, length = [], 1
     for batch in calibration.batches:
         tensors = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else [batch]
         first = next(t for t in tensors if isinstance(t, Tensor))
-        counts.append(first.numel() if not first.is_floating_point() else int(first.shape[0]) * 64)
-    return sum(counts), max(counts)
+        if first.is_floating_point():
+            counts.append(int(first.shape[0]) * 64)
+        else:
+            counts.append(first.numel())
+            length = max(length, int(first.shape[-1]))
+    return sum(counts), max(counts), length
 
 
 def _largest_statistics(grams: list[LayerRef], blocks: list[str]) -> float:
@@ -109,22 +149,3 @@ def _largest_statistics(grams: list[LayerRef], blocks: list[str]) -> float:
     most = max((sum(sizes.values()) for sizes in found.values()), default=0)
     factor = max((8 * ref.shape[1] ** 2 * 3 for ref in grams), default=0)
     return float(most + factor)
-
-
-def _seconds(
-    weights: dict[str, LayerRef],
-    treated: list[LayerRef],
-    grams: list[LayerRef],
-    rows: int,
-    dtype: torch.dtype,
-    size: int,
-) -> float:
-    speed, plain = matmul_flops_per_second(dtype), matmul_flops_per_second(torch.float32)
-    in_blocks = sum(ref.numel for ref in weights.values() if ref.block is not None)
-    forward = 2.0 * 2 * in_blocks * rows / speed if grams else 0.0
-    distinct = {(ref.path.rpartition(".")[0], ref.shape[1], ref.count): ref for ref in grams}
-    moments = sum(rows * ref.shape[1] ** 2 for ref in distinct.values()) / plain
-    factors = sum(2.0 * ref.count * ref.shape[1] ** 3 for ref in distinct.values()) / plain
-    columns = sum(ref.numel for ref in treated) * COLUMN_SECONDS_PER_ELEMENT * 20
-    updates = sum(2.0 * ref.numel * ref.shape[1] for ref in grams) / plain
-    return forward + moments + factors + columns + updates + size / 5e8

@@ -14,9 +14,9 @@ from layerwright.allocate import ALLOCATORS, filter_target, merge_ties
 from layerwright.core.blocks import Blocks
 from layerwright.core.budget import Budget
 from layerwright.core.cost import Cost
-from layerwright.core.errors import BudgetError, InputError
+from layerwright.core.errors import InputError
 from layerwright.core.layer import LayerRef, get_parameter
-from layerwright.core.layers import list_layers, treatable
+from layerwright.core.layers import list_layers, structure_copy, treatable
 from layerwright.core.option import Allocation, OptionTable, Scores
 from layerwright.core.plan import Plan
 from layerwright.core.profile import Profile
@@ -25,6 +25,10 @@ from layerwright.core.target import Target, target
 from layerwright.core.treatment import Quantize, Treatments
 from layerwright.recipes.bench import Bench
 from layerwright.recipes.book import default_recipe, recipe
+from layerwright.recipes.decided import range_bytes, run_decider, with_attention
+from layerwright.recipes.deciders import Task
+from layerwright.recipes.feasible import refuse_unreachable
+from layerwright.recipes.settle import choose_by_measuring
 from layerwright.recipes.table import (
     candidates_for,
     fused_groups,
@@ -35,7 +39,7 @@ from layerwright.recipes.table import (
 from layerwright.recipes.timing import measured_times
 from layerwright.score.base import SCORERS, Subject
 from layerwright.score.costs import find_blocks_or_none, profile_model
-from layerwright.treat.apply import apply_plan
+from layerwright.treat.prepare import prepare_
 from layerwright.treat.probe import treat_weights
 
 __all__ = [
@@ -65,6 +69,7 @@ class Decision:
     recipe: Recipe
     target: Target
     scores: Mapping[str, Scores] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def element_bytes(bench: Bench, refs: tuple[LayerRef, ...]) -> int:
@@ -155,10 +160,49 @@ def decide(
         bench.model, bench.calibration, refs=all_refs, name=bench.name, timing=True, repeats=5 if timing else 2
     )
     candidates = candidates_for(refs, the_recipe, the_target, width)
+    more_bytes, attention_bytes = range_bytes(limits, candidates, all_refs, the_recipe.attention)
     groups = fused_groups(refs, the_target)
     blocks = find_blocks_or_none(bench.model)
+    settings = protected_blocks(the_recipe.allocator_settings, sum(len(stack) for stack in blocks))
+    ms = measured_times(profile.rows, get_parameter(bench.model, refs[0].parameter).dtype) if timing else None
+    refuse_unreachable(
+        limits,
+        profile,
+        refs,
+        candidates,
+        the_recipe,
+        the_target,
+        element_bytes=width,
+        blocks=blocks,
+        ms=ms,
+        settings=settings,
+    )
+    working = prepared(bench, the_recipe, seed, progress)
+    label = {"name": bench.name, "fingerprint": profile.fingerprint, "architecture": type(bench.model).__name__}
+    if the_recipe.decider:
+        empty = option_table(profile, refs, {}, None, element_bytes=width)
+        bounds = limits_of(limits, empty, refs, the_recipe.group_size, width)
+        task = Task(working, the_recipe, limits, bounds, refs, blocks, profile, width, the_target, seed, progress)
+        table, allocation, choice = run_decider(task, ms)
+        plan = Plan.from_allocation(
+            allocation,
+            model=label,
+            budget=str(limits),
+            recipe=the_recipe.name,
+            target=the_target.name,
+            seed=seed,
+            notes=choice.notes,
+            base_loss=profile.loss,
+            prepare=the_recipe.prepare,
+        )
+        if scores_folder is not None:
+            for found in choice.scores.values():
+                found.save(scores_folder)
+        return Decision(
+            plan, allocation, table, profile, refs, bounds, the_recipe, the_target, choice.scores, choice.extra
+        )
     scores = measure_scores(
-        bench,
+        working,
         the_recipe,
         candidates,
         refs,
@@ -175,67 +219,43 @@ def decide(
         scores.get("layers"),
         element_bytes=width,
         blocks=blocks,
-        ms=measured_times(profile.rows, get_parameter(bench.model, refs[0].parameter).dtype) if timing else None,
+        ms=ms,
         drop_scores=removal_damages(scores["blocks"]) if "blocks" in scores else None,
     )
     if groups:
         table = merge_ties(table, groups)
     table = filter_target(table, the_target)
     bounds = limits_of(limits, table, refs, the_recipe.group_size, width)
-    settings = protected_blocks(the_recipe.allocator_settings, sum(len(stack) for stack in blocks))
+    if "bytes" in bounds:
+        bounds["bytes"] += more_bytes - attention_bytes
     solve = partial(ALLOCATORS.get(the_recipe.allocator), limits=bounds, seed=seed, **settings)
     allocation, notes = solve(table), ""
     if the_recipe.measured_choice:
-        allocation, notes = choose_by_measuring(bench, table, allocation, solve, the_recipe.score_samples)
+        table, allocation, notes = choose_by_measuring(working, table, allocation, solve, the_recipe.score_samples)
+    allocation = with_attention(allocation, all_refs, the_recipe.attention)
     plan = Plan.from_allocation(
         allocation,
-        model={
-            "name": bench.name,
-            "fingerprint": profile.fingerprint,
-            "architecture": type(bench.model).__name__,
-        },
+        model=label,
         budget=str(limits),
         recipe=the_recipe.name,
         target=the_target.name,
         seed=seed,
         notes=notes,
         base_loss=profile.loss,
+        prepare=the_recipe.prepare,
     )
     return Decision(plan, allocation, table, profile, refs, bounds, the_recipe, the_target, scores)
 
 
-def choose_by_measuring(
-    bench: Bench, table: OptionTable, joint: Allocation, solve: Callable[[OptionTable], Allocation], samples: int
-) -> tuple[Allocation, str]:
-    """The better of the joint choice and each single kind's, by the calibration loss of the treated model.
-
-    Damages are predicted one layer at a time and added up; strong treatments break that. A kind alone that is
-    predicted to do more than `HOPELESS` times the joint damage is not tried. Returns the choice, and a sentence.
-    """
-    found = {"together": joint}
-    for tag in sorted({t.tag for option in table.options for t in option.treatments}):
-        alone = tuple(o for o in table.options if all(t.tag == tag for t in o.treatments))
-        try:
-            single = solve(replace(table, options=alone))
-        except BudgetError:
-            continue
-        if single.damage <= HOPELESS * max(joint.damage, 1e-9):
-            found[f"{tag} alone"] = single
-    if len(found) == 1:
-        return joint, ""
-    data = bench.calibration.head(samples)
-    losses = {}
-    for name, allocation in found.items():
-        layers = Plan.from_allocation(allocation).layers
-        treated, _ = apply_plan(bench.model, layers, bench.calibration, simulate=True)
-        losses[name] = data.mean_loss(treated)
-    best = min(losses, key=lambda name: losses[name])
-    words = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-    return found[best], f"measured calibration loss: {words}; taken: {best}"
-
-
-HOPELESS = 5.0
-"""A kind alone whose predicted damage is this many times the joint one's is not measured."""
+def prepared(bench: Bench, the_recipe: Recipe, seed: int, progress: Progress | None = None) -> Bench:
+    """The bench with the recipe's preparation done on a copy of its model; itself where there is none."""
+    if not the_recipe.prepare:
+        return bench
+    if progress:
+        progress(f"preparing: {', '.join(the_recipe.prepare)}", 0, 1)
+    model = structure_copy(bench.model)
+    prepare_(model, the_recipe.prepare, bench.calibration, seed=seed)
+    return replace(bench, model=model)
 
 
 def removal_damages(scores: Scores) -> Scores:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from layerwright.core.calibration import Calibration, as_calibration, evaluating, logits_of
 from layerwright.core.memory import peak_memory_bytes
+from layerwright.nn.treated import logical_parameters
 from layerwright.score.costs import count_flops, find_blocks_or_none, stored_bytes_of
 
 __all__ = ["Measurement", "measure", "sample_losses"]
@@ -32,7 +33,8 @@ class Measurement:
         accuracy: share of right labels for classifiers, else None.
         perplexity, bits_per_byte: for text; bits per byte only where a token is a byte.
         bytes: stored bytes of the model.
-        params: parameters that are stored (packed ones count by their logical number of weights where known).
+        params: parameters that are computed with, whatever form they are stored in, see
+            `layerwright.nn.treated.logical_parameters`.
         flops: of one forward over one sample.
         ms: median milliseconds of one forward over one sample.
         speed: tokens (or images) per second by batch size; decoding one token at a time where the model decodes.
@@ -126,16 +128,6 @@ def measure(
             memory_bytes=memory[name],
         )
     return results
-
-
-def logical_parameters(model: nn.Module) -> int:
-    """Number of parameters, counting a packed weight by the weights it stands for."""
-    count = sum(p.numel() for p in model.parameters())
-    for module in model.modules():
-        if hasattr(module, "logical_parameters"):
-            counted: Any = module.logical_parameters
-            count += int(counted())
-    return count
 
 
 @torch.no_grad()

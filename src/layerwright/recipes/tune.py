@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from layerwright.core.errors import CheckError, CheckpointError, InputError, LayerwrightError
+from layerwright.core.processes import main_process
 from layerwright.data.loading import Source, load, locate
 from layerwright.nn.treated import TreatedLinear
 from layerwright.recipes.bench import open_bench, read_data
@@ -44,6 +45,9 @@ def tune_job(
 ) -> dict[str, Measurement]:
     """Tune a model by name, write the result to `out`, and measure before and after (and the teacher).
 
+    Started by ``torchrun`` or ``accelerate launch`` all processes train together; the first one alone writes and
+    measures, and the others return nothing.
+
     Args:
         model: a folder, hub name or ``demo:*``.
         method: name of a tuner.
@@ -72,6 +76,8 @@ def tune_job(
             raise InputError(f"{method} takes no setting {key!r}; it takes {', '.join(list(accepted)[2:])}")
     before = bench.model
     tuned = tuner(_own(before), bench.calibration, teacher=original, seed=seed, **chosen)
+    if not main_process():  # all processes hold the same weights now
+        return {}
     with staged_folder(Path(out), force) as folder:
         _save(tuned, folder)
         copy_side_files(source.folder, folder, bench.processor)
@@ -104,7 +110,7 @@ def _check(
         ("tuner", lambda: TUNERS.get(method)),
         ("model", lambda: locate(model)),
         ("teacher", lambda: locate(teacher) if teacher is not None else None),
-        ("out", lambda: check_folder(out, force=force, resume=False)),
+        ("out", lambda: check_folder(out, force=force, resume=False) if main_process() else None),
     ):
         try:
             found[name] = look()

@@ -4,6 +4,7 @@ A damage is an increase of the loss (lower is better); the scorers of blocks giv
 important). Every scorer is in `SCORERS` by name and takes a `Subject`.
 """
 
+from layerwright.score.anchors import anchored_fisher
 from layerwright.score.base import SCORERS, Scorer, Subject, TreatWeights
 from layerwright.score.blocks import (
     attention_similarity,
@@ -33,6 +34,7 @@ __all__ = [
     "Scorer",
     "Subject",
     "TreatWeights",
+    "anchored_fisher",
     "attention_similarity",
     "block_magnitude",
     "block_perplexity",
@@ -51,3 +53,4 @@ __all__ = [
     "walk_inputs",
     "weight_error",
 ]
+

@@ -16,7 +16,7 @@ from layerwright.core.calibration import Calibration, evaluating
 from layerwright.core.capture import first_tensor
 from layerwright.core.cost import Cost
 from layerwright.core.errors import InputError
-from layerwright.core.fingerprint import fingerprint_model
+from layerwright.core.fingerprint import fingerprint_model, fingerprint_structure
 from layerwright.core.layer import LayerRef, get_parameter
 from layerwright.core.layers import list_layers
 from layerwright.core.profile import LayerProfile, Profile
@@ -37,6 +37,7 @@ def profile_model(
 
     Parameters and bytes come from the tensors (tied ones count once, where they first stand). With `calibration`,
     one forward over its first batch counts FLOPs and `repeats` more are timed; loss is the mean over all batches.
+    Without, a model on the meta device will do, and its fingerprint is that of its structure.
     Costs of a container include what it holds.
     """
     refs = tuple(refs or list_layers(model))
@@ -89,7 +90,9 @@ def profile_model(
         ms=total_ms,
         ms_source="measured" if total_ms else "none",
     )
-    return Profile(tuple(layers), whole, name, fingerprint_model(model), rows, loss)
+    meta = any(p.is_meta for p in model.parameters())
+    fingerprint = fingerprint_structure(model) if meta else fingerprint_model(model)
+    return Profile(tuple(layers), whole, name, fingerprint, rows, loss)
 
 
 def stored_bytes_of(module: nn.Module) -> int:

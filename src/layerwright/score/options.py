@@ -12,19 +12,33 @@ from torch import Tensor
 
 from layerwright.core.errors import InputError
 from layerwright.core.fingerprint import fingerprint_model
-from layerwright.core.layer import LayerRef, from_matrices, get_parameter, read_matrix
+from layerwright.core.layer import LayerRef, get_parameter, read_matrix
 from layerwright.core.option import Scores
 from layerwright.core.treatment import Treatments
 from layerwright.score.base import SCORERS, Subject
 from layerwright.score.gradients import OutputGradients, output_gradients, weight_gradients
 from layerwright.score.hessian import hessian_traces
 from layerwright.score.inputs import walk_inputs
+from layerwright.score.replay import with_weight
 from layerwright.score.statistics import InputStatistics
 
-__all__ = ["fisher", "hutchinson", "loss_swap", "output_error", "second_order", "snr", "taylor", "weight_error"]
+__all__ = [
+    "fisher",
+    "fisher_judge",
+    "hutchinson",
+    "loss_swap",
+    "output_error",
+    "score_options",
+    "second_order",
+    "snr",
+    "taylor",
+    "weight_error",
+]
 
 Judge = Callable[[LayerRef, Tensor, Tensor, InputStatistics | None], float]
 """``judge(layer, weight, change, statistics) -> damage``, weights as ``(count, out, in)`` float32."""
+Correct = Callable[[LayerRef, Mapping[Treatments, float], Mapping[Treatments, Tensor]], dict[Treatments, float]]
+"""``correct(layer, damages, treated weights) -> damages`` of all of one layer's candidates."""
 
 
 @SCORERS.register("output_error")
@@ -36,7 +50,7 @@ def output_error(subject: Subject) -> Scores:
             return _ratio(change.square().sum(), weight.square().sum())
         return _ratio(statistics.energy(change).sum(), statistics.energy(weight).sum())
 
-    return _score(subject, "output_error", judge, needs="gram")
+    return score_options(subject, "output_error", judge, loss_units=False)
 
 
 @SCORERS.register("fisher")
@@ -47,6 +61,11 @@ def fisher(subject: Subject) -> Scores:
     over the ``T`` rows that passed the layer, and ``N`` loss terms. The weight change is the treatment's own (GPTQ's
     for GPTQ). In units of the loss. Source: Martens and Grosse (2015), Hassibi and Stork (1993).
     """
+    return score_options(subject, "fisher", fisher_judge(subject))
+
+
+def fisher_judge(subject: Subject) -> Judge:
+    """The factored quadratic form of `fisher` as a judge of weight changes; one backward pass over the data."""
     gradients = output_gradients(subject.model, subject.calibration, subject.layers)
 
     def judge(ref: LayerRef, _weight: Tensor, change: Tensor, statistics: InputStatistics | None) -> float:
@@ -67,7 +86,7 @@ def fisher(subject: Subject) -> Scores:
         del statistics
         return 0.5 * scales[ref.path] * float(change.square().sum())
 
-    return _score(subject, "fisher", judge, needs="gram")
+    return judge
 
 
 def _terms(subject: Subject) -> int:
@@ -108,7 +127,7 @@ def taylor(subject: Subject) -> Scores:
     def judge(ref: LayerRef, _weight: Tensor, change: Tensor, _statistics: InputStatistics | None) -> float:
         return abs(float((gradients[ref.path] * change).sum()))
 
-    return _score(subject, "taylor", judge, needs="gram")
+    return score_options(subject, "taylor", judge)
 
 
 @SCORERS.register("second_order")
@@ -124,6 +143,7 @@ def second_order(subject: Subject) -> Scores:
         second.data,
         second.base_loss,
         first.seconds + second.seconds,
+        second.meta,
     )
 
 
@@ -137,7 +157,7 @@ def hutchinson(subject: Subject, samples: int = 4) -> Scores:
     def judge(ref: LayerRef, _weight: Tensor, change: Tensor, _statistics: InputStatistics | None) -> float:
         return 0.5 * max(traces[ref.path], 0.0) / ref.numel * float(change.square().sum())
 
-    scores = _score(subject, "hutchinson", judge, needs="gram")
+    scores = score_options(subject, "hutchinson", judge)
     return Scores(
         scores.scorer, scores.damages, traces, scores.model, scores.data, scores.base_loss, scores.seconds, scores.meta
     )
@@ -146,14 +166,16 @@ def hutchinson(subject: Subject, samples: int = 4) -> Scores:
 @SCORERS.register("weight_error")
 def weight_error(subject: Subject) -> Scores:
     """Squared change of the weight, ``|dW|^2``: no data, no unit of the loss."""
-    return _score(subject, "weight_error", lambda _r, _w, change, _s: float(change.square().sum()), needs="gram")
+    return score_options(
+        subject, "weight_error", lambda _r, _w, change, _s: float(change.square().sum()), loss_units=False
+    )
 
 
 @SCORERS.register("snr")
 def snr(subject: Subject) -> Scores:
     """Noise over signal in the weight, ``|dW|^2 / |W|^2``: no data, no unit of the loss."""
-    return _score(
-        subject, "snr", lambda _r, w, change, _s: _ratio(change.square().sum(), w.square().sum()), needs="gram"
+    return score_options(
+        subject, "snr", lambda _r, w, change, _s: _ratio(change.square().sum(), w.square().sum()), loss_units=False
     )
 
 
@@ -185,46 +207,57 @@ def loss_swap(subject: Subject) -> Scores:
 
 
 def _loss_with(subject: Subject, ref: LayerRef, matrices: Tensor) -> float:
-    """The calibration loss with the weight of `ref` replaced, and put back whatever happens."""
-    parameter = get_parameter(subject.model, ref.parameter)
-    owner, _, name = ref.parameter.rpartition(".")
-    module = subject.model.get_submodule(owner)
-    changed = torch.nn.Parameter(from_matrices(matrices, ref.layout, parameter.shape).contiguous(), requires_grad=False)
-    module._parameters[name] = changed
-    try:
+    """The calibration loss with the weight of `ref` replaced."""
+    with with_weight(subject.model, ref, matrices):
         return subject.calibration.mean_loss(subject.model)
-    finally:
-        module._parameters[name] = parameter  # type: ignore[assignment]
 
 
 # -- shared -------------------------------------------------------------------------------------------------------
 
 
-def _score(subject: Subject, name: str, judge: Judge, *, needs: str) -> Scores:
-    """Walk the blocks, compute every candidate's weight change, judge it."""
+def score_options(
+    subject: Subject, name: str, judge: Judge, correct: Correct | None = None, *, loss_units: bool = True
+) -> Scores:
+    """Walk the blocks, compute every candidate's weight change, judge it; `correct` may revise a layer's damages.
+
+    With `loss_units` off, ``Scores.meta`` says that these numbers rank treatments and are no rise of the loss.
+
+    Raises:
+        InputError: a damage that is not finite; names the layer.
+    """
     treat = _treatment(subject)
     begun = time.perf_counter()
     damages: dict[tuple[str, Treatments], float] = {}
     done = 0
-    for refs, inputs in walk_inputs(subject.model, subject.calibration, subject.layers, _needs(subject, needs)):
+    for refs, inputs in walk_inputs(subject.model, subject.calibration, subject.layers, _needs(subject, "gram")):
         for ref in refs:
             options = list(subject.candidates.get(ref.path, ()))
             weight = read_matrix(subject.model, ref).float()
             statistics = inputs.of.get(ref.path)
             results: Sequence[Tensor] = treat([weight] * len(options), options, statistics) if options else ()
-            for treatments, result in zip(options, results, strict=True):
-                damage = judge(ref, weight, result.float() - weight, statistics)
+            judged = {
+                treatments: judge(ref, weight, result.float() - weight, statistics)
+                for treatments, result in zip(options, results, strict=True)
+            }
+            if correct is not None and judged:
+                judged = correct(ref, judged, dict(zip(options, results, strict=True)))
+            for treatments, damage in judged.items():
                 if not math.isfinite(damage):
                     raise InputError(f"{name}: the damage of {ref.path} is not a finite number; check weights and data")
                 damages[(ref.path, treatments)] = damage
             done += 1
             if subject.progress:
                 subject.progress(done, len(subject.layers))
-    return _scores(subject, name, damages, begun, None)
+    return _scores(subject, name, damages, begun, None, {"loss_units": loss_units})
 
 
 def _scores(
-    subject: Subject, name: str, damages: Mapping[tuple[str, Treatments], float], begun: float, base: float | None
+    subject: Subject,
+    name: str,
+    damages: Mapping[tuple[str, Treatments], float],
+    begun: float,
+    base: float | None,
+    meta: Mapping[str, Any] | None = None,
 ) -> Scores:
     return Scores(
         scorer=name,
@@ -233,6 +266,7 @@ def _scores(
         data=subject.calibration.fingerprint(),
         base_loss=base,
         seconds=time.perf_counter() - begun,
+        meta=meta or {"loss_units": True},
     )
 
 

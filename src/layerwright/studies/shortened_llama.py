@@ -76,7 +76,7 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
     table.append({"plan": f"random, mean of {DRAWS}", "nats/byte": random_mean})
     chosen: dict[str, list[Pair]] = {criterion.name: [] for criterion in CRITERIA}
     for seed in range(seeds):
-        data = byte_windows("calibration", tokenizer, 10, 128, seed=seed, batch_size=10)
+        data = byte_windows("calibration", tokenizer, 10, 64 if quick else 128, seed=seed, batch_size=10)
         subject = Subject(model, data, blocks=names)
         scores = {score: score(subject) for score in dict.fromkeys(criterion.score for criterion in CRITERIA)}
         for criterion in CRITERIA:
@@ -92,7 +92,7 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
         table += [{"plan": f"PPL {how}", "seed": seed, "nats/byte": loss} for how, loss in losses.items()]
     short, _ = drop_blocks(model, [names[i] for i in chosen["PPL"][0]])
     prompt = next(iter(heldout))["input_ids"][:1, :16]
-    ratio, ratios = decode_ratio(short, model, prompt, tokens=24 if quick else 64, pairs=5 if quick else 15)
+    ratio, ratios = decode_ratio(short, model, prompt, tokens=16 if quick else 64, pairs=3 if quick else 15)
     table.append({"plan": "decode time, 6 of 8 blocks", "ratio": ratio, "lowest": min(ratios), "highest": max(ratios)})
     ppl = statistics.fmean(pairs[removed] for removed in chosen["PPL"])
     mean = {how: statistics.fmean(losses[how] for losses in retrained) for how in retrained[0]}
@@ -107,7 +107,7 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
     notes = [
         "demo:lm, 8 blocks; the first and the last block are protected for Taylor+ and Mag+ (4 and 2 of 32 in the paper)",
         f"learning rates {LORA_RATE:g} (LoRA) and {FULL_RATE:g} (CPT), higher than the paper's 1e-4, for "
-        f"{_steps(quick)} steps of 8 x 64 bytes on the training part",
+        f"{_steps(quick)} steps of {_batch(quick)} x 64 bytes on the training part",
         "decode times are ratios of runs that took turns; the machine's load spreads them",
     ]
     seconds = time.perf_counter() - begun
@@ -119,7 +119,11 @@ FULL_RATE = 3e-4
 
 
 def _steps(quick: bool) -> int:
-    return 40 if quick else 100
+    return 30 if quick else 100
+
+
+def _batch(quick: bool) -> int:
+    return 4 if quick else 8
 
 
 def pair_losses(
@@ -164,7 +168,8 @@ def _retrain(
 ) -> dict[str, float]:
     """Held-out losses of the plan as it is, after LoRA and after continued pretraining."""
     steps = _steps(quick)
-    data = byte_windows("train", tokenizer, 8 * steps, 64, seed=seed)
+    batch = _batch(quick)
+    data = byte_windows("train", tokenizer, batch * steps, 64, seed=seed, batch_size=batch)
     short, _ = drop_blocks(model, [names[i] for i in removed])
     recovered = lora(short, data, rank=8, steps=steps, learning_rate=LORA_RATE, seed=seed, progress=tell)
     pretrained = full(short, data, steps=steps, learning_rate=FULL_RATE, seed=seed, progress=tell)

@@ -91,7 +91,25 @@ SYSTEMS: tuple[System, ...] = (
             "tune.renormalize",
             "tune.bias_tune",
         ),
-        recipes=("adaquant",),
+        recipes=("adaquant", "adaquant_light"),
+    ),
+    System(
+        slug="duplex",
+        title="Duplex: A Device for Large Language Models with Mixture of Experts, Grouped Query Attention, and"
+        " Continuous Batching",
+        authors="Yun et al.",
+        year=2024,
+        arxiv="2409.01141",
+        idea="Run layers with few operations per byte on a second processor close to the memory; share experts between both.",
+        rooms=("score", "allocate", "recipes"),
+        objects=(
+            "score.device.LMShape",
+            "score.device.layer_costs",
+            "allocate.coprocess.op_per_byte_plan",
+            "allocate.coprocess.split_experts",
+            "recipes.serving.ServingSimulator",
+            "recipes.place.place_job",
+        ),
     ),
     System(
         slug="shortened-llama",

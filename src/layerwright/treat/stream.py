@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +15,21 @@ from torch import Tensor, nn
 from layerwright.core.blocks import find_blocks
 from layerwright.core.calibration import Calibration
 from layerwright.core.checkpoint import Checkpoint, build_empty, model_config
-from layerwright.core.errors import CheckpointError, NotFiniteError
+from layerwright.core.errors import CheckpointError, InputError
 from layerwright.core.fingerprint import fingerprint_tensors
 from layerwright.core.layer import LayerRef
 from layerwright.core.layers import list_layers, saved_tensors
-from layerwright.core.lockstep import Lockstep, LockstepState, NotResumableError
-from layerwright.core.memory import peak_memory_bytes, release_free_memory
+from layerwright.core.lockstep import Lockstep
+from layerwright.core.memory import peak_memory_bytes
 from layerwright.core.plan import Plan
 from layerwright.core.records import ApplyReport, LayerRecord
 from layerwright.core.treatment import Drop, Treatments
-from layerwright.nn.replace import structure_of
 from layerwright.score.inputs import UnitInputs, collect_inputs, forwards, units_of
+from layerwright.treat._resume import finished_count, open_progress, read_state, run_key, write_state
+from layerwright.treat._shards import ShardRun, load_outside, refuse_nan, write_rest
 from layerwright.treat.drop import drop_blocks
 from layerwright.treat.unit import finish_unit, needs_inputs, treat_unit
-from layerwright.treat.writer import PROGRESS, CheckpointWriter, copy_side_files, prepare_folder, write_json
+from layerwright.treat.writer import PROGRESS, CheckpointWriter, copy_side_files, prepare_folder
 
 __all__ = ["apply_checkpoint", "checkpoint_names", "empty_model", "fingerprint_checkpoint", "streams"]
 
@@ -42,9 +40,12 @@ def streams(folder: Path) -> str:
     """Why the checkpoint in `folder` cannot be treated block by block from its files; ``""`` if it can."""
     checkpoint, model = Checkpoint.open(folder), empty_model(folder)
     try:
+        find_blocks(model)
         checkpoint_names(model, checkpoint)
     except CheckpointError as error:
         return str(error)
+    except InputError:
+        return "it has no repeated blocks"
     return ""
 
 
@@ -62,7 +63,7 @@ def fingerprint_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> str:
     def pairs() -> Iterator[tuple[str, Tensor]]:
         for name in ordered:
             tensor = next(checkpoint.read([names[name]]))[1]
-            _refuse_nan(checkpoint.folder, {names[name]: tensor})
+            refuse_nan(checkpoint.folder, {names[name]: tensor})
             yield name, tensor.to(dtypes[name])
 
     return fingerprint_tensors(pairs())
@@ -109,89 +110,6 @@ def empty_model(folder: Path) -> nn.Module:
     return build_empty(config, dtype if isinstance(dtype, torch.dtype) else None)
 
 
-@dataclass
-class _Run:
-    """One run over a checkpoint: what it works on and where it writes."""
-
-    model: nn.Module
-    checkpoint: Checkpoint
-    names: dict[str, str]
-    writer: CheckpointWriter
-    progress: Path
-    structure: dict[str, Any]
-    shards: list[str]
-
-    def load(self, path: str) -> None:
-        """Read the tensors of the module at `path` from the files."""
-        module = self.model.get_submodule(path)
-        prefix = f"{path}." if path else ""
-        wanted = {
-            self.names[prefix + name]: name
-            for name, tensor in module.state_dict(keep_vars=True).items()
-            if tensor.device.type == "meta" and prefix + name in self.names
-        }
-        dtype = next((t.dtype for t in module.state_dict(keep_vars=True).values() if t.is_floating_point()), None)
-        state = {
-            wanted[name]: tensor.to(dtype) if tensor.is_floating_point() and dtype is not None else tensor
-            for name, tensor in self.checkpoint.read(list(wanted))
-        }
-        _refuse_nan(self.checkpoint.folder, state, prefix)
-        _assign(module, state)
-
-    def write(self, path: str) -> None:
-        """Write the module at `path` to a shard of its own, and free it."""
-        module = self.model.get_submodule(path)
-        shard = f"model-{len(self.shards) + 1:05d}"
-        tensors = {f"{path}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
-        before = self.writer.total_bytes
-        self.writer.add(shard, tensors)
-        self.structure |= {f"{path}.{name}" if name else path: spec for name, spec in structure_of(module).items()}
-        self.shards.append(shard)
-        write_json(
-            self.progress / f"{shard}.json",
-            {
-                "path": path,
-                "bytes": self.writer.total_bytes - before,
-                "tensors": sorted(tensors),
-                "structure": {k: v for k, v in self.structure.items() if k == path or k.startswith(path + ".")},
-            },
-        )
-        module.to("meta")
-        release_free_memory()
-
-    def restore(self, count: int) -> list[str]:
-        """Take up the first `count` shards, which an earlier run finished; returns the paths of their modules."""
-        done = []
-        for number in range(1, count + 1):
-            note = self.progress / f"model-{number:05d}.json"
-            data = json.loads(note.read_text())
-            shard = note.stem
-            self.writer.restore(dict.fromkeys(data["tensors"], f"{shard}.safetensors"), data["bytes"])
-            self.structure |= data["structure"]
-            self.shards.append(shard)
-            done.append(data["path"])
-        return done
-
-
-def _refuse_nan(folder: Path, state: Mapping[str, Tensor], prefix: str = "") -> None:
-    for name, tensor in state.items():
-        # Numbers of one byte are not summed by every version of torch, and come with scales beside them.
-        if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor.sum(dtype=torch.float32)):
-            raise NotFiniteError(
-                f"{folder}: the weight {prefix}{name} holds NaN or infinite values; the checkpoint is damaged"
-            )
-
-
-def _assign(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    for name, tensor in state.items():
-        owner, _, attribute = name.rpartition(".")
-        holder = module.get_submodule(owner) if owner else module
-        if attribute in holder._parameters:
-            holder._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            holder._buffers[attribute] = tensor
-
-
 def apply_checkpoint(
     folder: str | Path,
     plan: Plan,
@@ -233,20 +151,20 @@ def apply_checkpoint(
     names = checkpoint_names(model, checkpoint, old_names)
     target = prepare_folder(out, force=force)
     state_folder = target / PROGRESS
-    key = _run_key(plan, checkpoint, calibration)
-    _open_progress(state_folder, key, target, force=force)
+    key = run_key(plan, checkpoint, calibration)
+    open_progress(state_folder, key, target, force=force)
     report = ApplyReport.load(state_folder / "apply.jsonl")
     report.path = state_folder / "apply.jsonl"
     if not report.records:
         for path in dropped:
             report.add(LayerRecord(path, "drop", "done", "block dropped"))
-    run = _Run(model, checkpoint, names, CheckpointWriter(target), state_folder, {}, [])
+    run = ShardRun(model, checkpoint, names, CheckpointWriter(target), state_folder, {}, [])
     refs = [ref for ref in list_layers(model) if layers.get(ref.path)]
     reported = {new: old for old, new in new_of.items() if new}
     try:
         with torch.no_grad():
             _walk(run, refs, layers, calibration, report, reported, progress)
-            _write_rest(run)
+            write_rest(run)
     except Exception:
         if not run.shards:  # nothing is finished that a second run could take up
             shutil.rmtree(state_folder, ignore_errors=True)
@@ -266,7 +184,7 @@ def apply_checkpoint(
 
 
 def _walk(
-    run: _Run,
+    run: ShardRun,
     refs: Sequence[LayerRef],
     layers: Mapping[str, Treatments],
     calibration: Calibration | None,
@@ -280,7 +198,7 @@ def _walk(
     outside = {path: inside for path, inside in units.items() if path not in blocks}
     needs = {ref.path: needs_inputs(layers[ref.path]) for ref in refs}
     data_free = not any(needs.values()) or calibration is None
-    done = run.restore(_finished(run.progress, "model") if data_free else _finished(run.progress, "state"))
+    done = run.restore(finished_count(run.progress, "model") if data_free else finished_count(run.progress, "state"))
     if done:
         report.resumed_at = f"after {done[-1]}"
     if calibration is None or data_free:
@@ -293,14 +211,14 @@ def _walk(
                 run.write(path)
             if progress:
                 progress(path, number + 1, len(blocks))
-        _load_outside(run, blocks)
+        load_outside(run, blocks)
         rest = [ref for inside in outside.values() for ref in inside]
         finish_unit(run.model, treat_unit(run.model, rest, layers, UnitInputs(), report, names=reported))
         return
-    _load_outside(run, blocks)
+    load_outside(run, blocks)
     for path in done:
         run.model.get_submodule(path).to("meta")
-    resume = _read_state(run.progress, len(done))
+    resume = read_state(run.progress, len(done))
     visited = set(done)
     walk = Lockstep(run.model, [*blocks, *outside], forwards(run.model, calibration), keep_history=True, resume=resume)
     pending: list[Any] = []
@@ -309,7 +227,7 @@ def _walk(
         if standing:
             finish_unit(run.model, pending)
             run.write(standing)
-            _write_state(run.progress, len(run.shards), walk)
+            write_state(run.progress, len(run.shards), walk)
             visited.add(standing)
         pending, standing = [], stop.path
         if stop.path in blocks:
@@ -338,99 +256,3 @@ def _walk(
             run.write(path)
     missed = [ref for path, inside in outside.items() if path not in visited for ref in inside]
     finish_unit(run.model, treat_unit(run.model, missed, layers, UnitInputs(), report, names=reported))
-
-
-def _load_outside(run: _Run, blocks: Sequence[str]) -> None:
-    """Read everything that is in no block."""
-    prefixes = tuple(f"{path}." for path in blocks)
-    wanted = [name for name in run.names if not name.startswith(prefixes)]
-    state = run.model.state_dict(keep_vars=True)
-    found = dict(run.checkpoint.read([run.names[name] for name in wanted]))
-    _refuse_nan(run.checkpoint.folder, found)
-    _assign(
-        run.model,
-        {
-            name: tensor.to(state[name].dtype) if tensor.is_floating_point() else tensor
-            for name in wanted
-            for tensor in [found[run.names[name]]]
-        },
-    )
-    tie: Any = getattr(run.model, "tie_weights", None)
-    if tie is not None:
-        tie()
-
-
-def _write_rest(run: _Run) -> None:
-    from layerwright.treat.writer import unique_tensors
-
-    tensors = {n: t for n, t in unique_tensors(run.model).items() if n not in run.writer.weight_map}
-    run.writer.add("model-00000", tensors)
-    for path, spec in structure_of(run.model).items():
-        run.structure.setdefault(path, spec)
-
-
-# -- state --------------------------------------------------------------------------------------------------------
-
-
-def _run_key(plan: Plan, checkpoint: Checkpoint, calibration: Calibration | None) -> str:
-    digest = hashlib.sha256()
-    digest.update(json.dumps(sorted((k, str(v)) for k, v in plan.layers.items())).encode())
-    digest.update(json.dumps(sorted((k, str(v)) for k, v in checkpoint.shapes.items())).encode())
-    for file in sorted(set(checkpoint.files.values())):
-        status = (checkpoint.folder / file).stat()
-        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
-    digest.update((calibration.fingerprint() if calibration is not None else "").encode())
-    return digest.hexdigest()
-
-
-def _open_progress(folder: Path, key: str, out: Path, *, force: bool = False) -> None:
-    note = folder / "run.json"
-    if note.is_file():
-        if json.loads(note.read_text()).get("key") == key:
-            return
-        if not force:
-            raise CheckpointError(
-                f"{out} holds the unfinished state of another run (other plan, model or data): give another folder, "
-                "or pass --force to start again"
-            )
-        shutil.rmtree(folder)
-        prepare_folder(out, force=True)
-    folder.mkdir(exist_ok=True)
-    write_json(note, {"key": key})
-
-
-def _write_state(folder: Path, number: int, walk: Lockstep) -> None:
-    from safetensors.torch import save_file
-
-    try:
-        state = walk.state()
-    except NotResumableError:
-        return
-    temporary = folder / "state.tmp"
-    try:
-        save_file({name: tensor.clone() for name, tensor in state.tensors.items()}, temporary)
-        temporary.replace(folder / f"state-{number:05d}.safetensors")
-    except Exception as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{folder} cannot be written ({error}): is the disk full?") from error
-    write_json(folder / f"state-{number:05d}.json", state.passes)
-    for old in folder.glob("state-*"):
-        if f"{number:05d}" not in old.name:
-            old.unlink()
-
-
-def _finished(folder: Path, kind: str) -> int:
-    """Number of shards (`model`) that were written, or that the saved activations (`state`) stand behind."""
-    numbers = [int(path.stem.rpartition("-")[2]) for path in folder.glob(f"{kind}-*.json")]
-    if kind == "state":
-        return max(numbers, default=0)
-    return next(n for n in range(len(numbers) + 1) if n + 1 not in numbers)
-
-
-def _read_state(folder: Path, number: int) -> LockstepState | None:
-    from safetensors.torch import load_file
-
-    note = folder / f"state-{number:05d}.json"
-    if number == 0 or not note.is_file():
-        return None
-    return LockstepState(json.loads(note.read_text()), load_file(folder / f"state-{number:05d}.safetensors"))

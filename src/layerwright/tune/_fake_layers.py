@@ -150,6 +150,13 @@ class FakeQuantized(nn.Module):
         self.input_range.copy_(span)
         self.input_low.copy_(low)
 
+    def multiply_adds(self, x: Tensor, output: Tensor) -> float:
+        """Multiply-adds of one call that gave `output` for `x`, padding counted."""
+        if isinstance(self.settings, _Transposed):  # each input value meets all the weights of its channel
+            inputs = self.settings.turn(self.original_weight).shape[0]
+            return x.numel() * self.weight.numel() / inputs
+        return output.numel() * self.weight.numel() / self.weight.shape[0]
+
     def extra_repr(self) -> str:
         """What `print` shows."""
         return f"{tuple(self.weight.shape)}, weight_bits={self.weight_bits}, input_bits={self.input_bits}"

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from layerwright.core.calibration import evaluating
+from layerwright.core.calibration import Calibration, LossFunction, as_calibration, evaluating
 from layerwright.core.errors import InputError, require_extra
 from layerwright.core.layers import structure_copy
+from layerwright.core.processes import process_count
 
-__all__ = ["Progress", "Schedule", "restore_flags_", "train_", "trainable_copy"]
+__all__ = ["Progress", "Schedule", "opening", "restore_flags_", "train_", "trainable_copy"]
 
 M = TypeVar("M", bound=nn.Module)
 Progress = Callable[[str, int, int], None]
@@ -65,6 +66,26 @@ class Schedule:
         return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
+def opening(
+    calibration: Calibration | Any,
+    loss_fn: LossFunction | None,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    warmup: float,
+    batches_per_step: int,
+    clip: float,
+    seed: int,
+) -> tuple[Calibration, Schedule]:
+    """What every tuner begins with: its data and its schedule, checked before anything is copied.
+
+    Raises:
+        InputError: a setting outside its range (see `Schedule`), or no batches.
+    """
+    data = as_calibration(calibration, loss_fn)
+    return data, Schedule(steps, learning_rate, weight_decay, warmup, batches_per_step, clip, seed)
+
+
 def trainable_copy(model: M, choose: Callable[[str, Tensor], bool]) -> M:
     """A copy of `model` whose parameters that `choose(name, tensor)` names are its own and can be trained.
 
@@ -107,7 +128,8 @@ def train_(
 
     The model runs in evaluation mode: dropout is off, statistics of batch norms stay. Parameters of half precision are
     stepped in float32 and rounded afterwards, so that small steps are not lost. Started by ``accelerate launch`` or
-    ``torchrun``, each process takes its share of the items.
+    ``torchrun``, each process takes its share of the items: `n` processes make the steps that one makes with `n` times
+    the `batches_per_step`, and all end with the same weights. With `distributed` False every process trains on all.
 
     Returns:
         The loss of each step.
@@ -179,6 +201,6 @@ def _order(count: int, draws: int, seed: int) -> list[int]:
 
 def _accelerator(device: torch.device) -> Any:
     """An ``accelerate.Accelerator`` if this process was started as one of several or by ``accelerate launch``."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+    if process_count() < 2 and "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return None
     return require_extra("accelerate", "tune").Accelerator(cpu=device.type == "cpu")

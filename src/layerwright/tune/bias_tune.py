@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,11 @@ from layerwright.core.errors import InputError
 from layerwright.nn.quantized import QuantConv, QuantLinear
 from layerwright.tune._fake_layers import FakeQuantized
 
-__all__ = ["BiasFit", "bias_tune", "divergence"]
+__all__ = ["BiasFit", "bias_tune", "bias_tune_", "divergence"]
 
 _LAYERS = (FakeQuantized, QuantLinear, QuantConv, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,21 @@ class BiasFit:
 
 
 def bias_tune(
+    model: M,
+    teacher: nn.Module,
+    data: Any,
+    epochs: int = 10,
+    rate: float = 1e-4,
+    momentum: float = 0.9,
+    ranges: bool = False,
+) -> M:
+    """A copy of `model` whose biases have learned from `teacher`; `bias_tune_` says how and does it in place."""
+    tuned = copy.deepcopy(model)
+    bias_tune_(tuned, teacher, data, epochs, rate, momentum, ranges)
+    return tuned
+
+
+def bias_tune_(
     model: nn.Module,
     teacher: nn.Module,
     data: Any,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwright.core.blocks import Blocks
-from layerwright.core.calibration import Calibration, LossFunction, as_calibration, evaluating, logits_of
+from layerwright.core.calibration import Calibration, LossFunction, evaluating, logits_of
 from layerwright.core.capture import first_tensor
 from layerwright.core.errors import InputError, unknown_name
 from layerwright.core.lockstep import Call, Lockstep
 from layerwright.core.option import Scores
 from layerwright.score.costs import find_blocks_or_none
 from layerwright.score.inputs import forwards
-from layerwright.tune._loop import Progress, Schedule, restore_flags_, train_, trainable_copy
+from layerwright.tune._loop import Progress, opening, restore_flags_, train_, trainable_copy
 from layerwright.tune.lora import Adapted, attach_lora
 
 __all__ = ["distill", "distill_layers", "logit_divergence"]
@@ -77,8 +78,9 @@ def distill(
     teacher = _require(teacher, parameters)
     if temperature <= 0 or hidden_weight < 0:
         raise InputError("temperature must be > 0 and hidden_weight >= 0")
-    data = as_calibration(calibration, loss_fn)
-    schedule = Schedule(steps, learning_rate, weight_decay, warmup, batches_per_step, clip, seed)
+    data, schedule = opening(
+        calibration, loss_fn, steps, learning_rate, weight_decay, warmup, batches_per_step, clip, seed
+    )
     running, finish = _trainable(
         model,
         parameters,
@@ -149,8 +151,9 @@ def distill_layers(
         InputError: no teacher, an unknown block, no block with a partner, a loss that is not finite.
     """
     teacher = _require(teacher, parameters)
-    data = as_calibration(calibration, loss_fn)
-    schedule = Schedule(steps, learning_rate, weight_decay, warmup, batches_per_step, clip, seed)
+    data, schedule = opening(
+        calibration, loss_fn, steps, learning_rate, weight_decay, warmup, batches_per_step, clip, seed
+    )
     running, finish = _trainable(
         model, parameters, rank=rank, alpha=alpha, sensitivities=None, merge=merge, dequantize=dequantize, seed=seed
     )
@@ -230,15 +233,7 @@ def _trainable(
         adapted = attach_lora(
             model, rank=rank, alpha=alpha, seed=seed, sensitivities=sensitivities, merge=merge and not dequantize
         )
-
-        def merged() -> nn.Module:
-            if not merge:
-                return adapted.model
-            result = adapted.merged(dequantize=dequantize)
-            restore_flags_(result, model)
-            return result
-
-        return adapted, merged
+        return adapted, partial(adapted.handed_back, model, merge=merge, dequantize=dequantize)
     copy = trainable_copy(model, lambda _name, tensor: parameters == "all" or tensor.dim() <= 1)
 
     def plain() -> nn.Module:

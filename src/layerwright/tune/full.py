@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from layerwright.core.calibration import Calibration, LossFunction, as_calibration
-from layerwright.tune._loop import Progress, Schedule, restore_flags_, train_, trainable_copy
+from layerwright.core.calibration import Calibration, LossFunction
+from layerwright.tune._loop import Progress, opening, restore_flags_, train_, trainable_copy
 
 __all__ = ["full"]
 
@@ -47,8 +47,9 @@ def full(
         TypeError: no labels and no loss function.
     """
     del teacher
-    data = as_calibration(calibration, loss_fn)
-    schedule = Schedule(steps, learning_rate, weight_decay, warmup, batches_per_step, clip, seed)
+    data, schedule = opening(
+        calibration, loss_fn, steps, learning_rate, weight_decay, warmup, batches_per_step, clip, seed
+    )
     copy = trainable_copy(model, lambda _name, _tensor: True)
     train_(copy, list(data), data.loss, schedule, progress=progress, name="full tuning")
     restore_flags_(copy, model)

@@ -6,16 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from layerwright.core.calibration import Calibration, as_calibration
+from layerwright.core.calibration import Calibration, as_calibration, evaluating
 from layerwright.core.cost import Cost
 from layerwright.core.errors import InputError
 from layerwright.core.option import Option, OptionTable
 from layerwright.core.treatment import Quantize
 from layerwright.tune._fake_layers import FakeQuantized, fake_layers
 
-__all__ = ["assemble", "layer_swap", "option_bits"]
+__all__ = ["assemble_", "layer_swap", "option_bits"]
 
 LEAST_DAMAGE = 1e-6
 
@@ -24,8 +25,9 @@ def layer_swap(base: nn.Module, variants: Sequence[nn.Module], data: Any) -> Opt
     """Loss with one layer taken from a variant and all others at the base precision, minus the loss of `base`.
 
     ``dL[l, k] = max(L_k - L_base, 1e-6)``, and 0 for the base itself. The table's options cost ``params * bits / 8``
-    bytes; give it to `layerwright.allocate.integer`. Cost: a forward over the data per layer and variant. Source:
-    Hubara et al. (2020), arXiv 2006.10518.
+    bytes, and as ``flops`` the bit operations ``2 MACs * weight bits * input bits / 32**2`` of the first batch (a
+    full-precision multiply-add is 2); give it to `layerwright.allocate.integer`. Cost: a forward over the data per
+    layer and variant. Source: Hubara et al. (2020), arXiv 2006.10518.
 
     Args:
         base: every layer fake-quantized at the base precision (8 bits). Its layers are put back.
@@ -42,10 +44,11 @@ def layer_swap(base: nn.Module, variants: Sequence[nn.Module], data: Any) -> Opt
     base_loss = calibration.mean_loss(base)
     if not math.isfinite(base_loss):
         raise InputError(f"base: its loss on the calibration is {base_loss}; check the data and the ranges")
+    macs = _multiply_adds(base, layers, calibration)
     options: list[Option] = []
     others = [fake_layers(variant, list(layers)) for variant in variants]
     for path, layer in layers.items():
-        options.append(_option(path, layer, 0.0))
+        options.append(_option(path, layer, macs[path], 0.0))
         for other in others:
             try:
                 base.set_submodule(path, other[path])
@@ -56,12 +59,13 @@ def layer_swap(base: nn.Module, variants: Sequence[nn.Module], data: Any) -> Opt
                 raise InputError(
                     f"{path}: its loss at {other[path].weight_bits} bits is {loss}, so it has no sensitivity"
                 )
-            options.append(_option(path, other[path], max(loss - base_loss, LEAST_DAMAGE)))
+            options.append(_option(path, other[path], macs[path], max(loss - base_loss, LEAST_DAMAGE)))
     original = sum(layer.weight.numel() for layer in layers.values())
-    return OptionTable(tuple(options), original=Cost(params=original, bytes=4.0 * original), base_loss=base_loss)
+    whole = Cost(params=original, bytes=4.0 * original, flops=2.0 * sum(macs.values()))
+    return OptionTable(tuple(options), original=whole, base_loss=base_loss)
 
 
-def assemble(base: nn.Module, variants: Sequence[nn.Module], bits: Mapping[str, int]) -> None:
+def assemble_(base: nn.Module, variants: Sequence[nn.Module], bits: Mapping[str, int]) -> None:
     """Put into `base`, in place, each layer of `bits` in the form of the model that has it at that many weight bits.
 
     Modules are shared with the variants, not copied.
@@ -82,12 +86,35 @@ def option_bits(chosen: Sequence[Option]) -> dict[str, int]:
     return {option.layer: t.bits for option in chosen for t in option.treatments if isinstance(t, Quantize)}
 
 
-def _option(path: str, layer: FakeQuantized, damage: float) -> Option:
+@torch.no_grad()
+def _multiply_adds(model: nn.Module, layers: Mapping[str, FakeQuantized], calibration: Calibration) -> dict[str, float]:
+    """Multiply-adds of each layer on the first batch, all its calls together."""
+    counts = dict.fromkeys(layers, 0.0)
+
+    def watch(path: str) -> Any:
+        def hook(layer: FakeQuantized, args: tuple[Any, ...], output: Tensor) -> None:
+            counts[path] += layer.multiply_adds(args[0], output)
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(path)) for path, layer in layers.items()]
+    try:
+        with evaluating(model):
+            calibration.forward(model, next(iter(calibration)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+def _option(path: str, layer: FakeQuantized, macs: float, damage: float) -> Option:
     count = layer.weight.numel()
     if layer.weight_bits > 8:
         raise InputError(f"{path}: {layer.weight_bits} bits; a table of options holds 2 to 8")
     treatment = Quantize(bits=layer.weight_bits, group_size=-1, symmetric=False, method="rtn")
-    return Option(path, (treatment,), Cost(params=count, bytes=count * layer.weight_bits / 8), damage)
+    operations = 2 * macs * layer.weight_bits * (layer.input_bits or 32) / 32**2
+    cost = Cost(params=count, bytes=count * layer.weight_bits / 8, flops=operations)
+    return Option(path, (treatment,), cost, damage)
 
 
 def _check_labels(calibration: Calibration) -> None:

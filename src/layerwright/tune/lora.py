@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwright.core.calibration import Calibration, LossFunction, as_calibration
+from layerwright.core.calibration import Calibration, LossFunction
 from layerwright.core.errors import InputError, require_extra, unknown_name
 from layerwright.core.layers import list_layers
 from layerwright.core.option import Scores
 from layerwright.nn.lora import LoraLinear, linear_sides
 from layerwright.nn.treated import TreatedLinear
-from layerwright.tune._loop import Progress, Schedule, restore_flags_, train_, trainable_copy
+from layerwright.tune._loop import Progress, opening, restore_flags_, train_, trainable_copy
 
 __all__ = ["Adapted", "attach_lora", "lora", "lora_targets", "ranks_for"]
 
@@ -50,6 +50,14 @@ class Adapted:
             if isinstance(module, LoraLinear):
                 _put_(self.copy, path, module.merged(dequantize=dequantize).train(module.training))
         return self.copy
+
+    def handed_back(self, original: nn.Module, *, merge: bool, dequantize: bool) -> nn.Module:
+        """What a tuner returns: `model`, or with `merge` the merged copy with the flags of `original`."""
+        if not merge:
+            return self.model
+        merged = self.merged(dequantize=dequantize)
+        restore_flags_(merged, original)
+        return merged
 
 
 def lora(
@@ -97,8 +105,9 @@ def lora(
         MissingExtraError: peft is not installed and the model has no packed layers.
     """
     del teacher
-    data = as_calibration(calibration, loss_fn)
-    schedule = Schedule(steps, learning_rate, weight_decay, warmup, batches_per_step, clip, seed)
+    data, schedule = opening(
+        calibration, loss_fn, steps, learning_rate, weight_decay, warmup, batches_per_step, clip, seed
+    )
     adapted = attach_lora(
         model,
         rank=rank,
@@ -110,11 +119,7 @@ def lora(
         merge=merge and not dequantize,
     )
     train_(adapted.model, list(data), data.loss, schedule, progress=progress, name="LoRA")
-    if not merge:
-        return adapted.model
-    merged = adapted.merged(dequantize=dequantize)
-    restore_flags_(merged, model)
-    return merged
+    return adapted.handed_back(model, merge=merge, dequantize=dequantize)
 
 
 def attach_lora(

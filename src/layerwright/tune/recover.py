@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from layerwright.core.calibration import as_calibration
+from layerwright.core.calibration import Calibration, as_calibration, evaluating
 from layerwright.core.errors import InputError
 from layerwright.nn.quantized import QuantConv, QuantLinear
 from layerwright.nn.stored import Stored
+from layerwright.tune._absorb import absorb_biases_
 from layerwright.tune._fake_layers import FakeQuantized, quantize_layers
 from layerwright.tune.adaquant import AdaQuant
-from layerwright.tune.bias_tune import bias_tune
+from layerwright.tune.bias_tune import bias_tune, bias_tune_, divergence
 from layerwright.tune.renormalize import renormalize
 
 __all__ = ["adaquant_tuner", "bias_tuner", "renormalize_tuner"]
@@ -22,9 +24,18 @@ __all__ = ["adaquant_tuner", "bias_tuner", "renormalize_tuner"]
 def renormalize_tuner(
     model: nn.Module, calibration: Any, *, teacher: nn.Module | None = None, seed: int = 0, passes: int = 1
 ) -> nn.Module:
-    """`renormalize` in place, with the statistics of `teacher`; `seed` is not used, since nothing is random."""
-    renormalize(model, calibration, teacher, passes)
-    return model
+    """`renormalize` with the statistics of `teacher`; `seed` is not used, since nothing is random.
+
+    With a teacher the correction is kept only if the divergence from it on the calibration fell: where quantization
+    did next to no harm, bringing statistics back does more. A bias that a convolution
+    did not have goes into the BatchNorm behind it, if there is one, so that the planned bytes hold.
+    """
+    if teacher is None:
+        return renormalize(model, calibration, None, passes)
+    data = as_calibration(calibration)
+    corrected = _renormalized(model, data, teacher, passes)
+    absorb_biases_(corrected, _without_bias(model), data)
+    return corrected
 
 
 def bias_tuner(
@@ -36,13 +47,12 @@ def bias_tuner(
     epochs: int = 10,
     rate: float = 1e-4,
 ) -> nn.Module:
-    """`bias_tune` in place; `seed` is not used, since nothing is random.
+    """`bias_tune`; `seed` is not used, since nothing is random.
 
     Raises:
         InputError: no teacher.
     """
-    bias_tune(model, _known(teacher), calibration, epochs=epochs, rate=rate)
-    return model
+    return bias_tune(model, _known(teacher), calibration, epochs=epochs, rate=rate)
 
 
 def adaquant_tuner(
@@ -57,7 +67,9 @@ def adaquant_tuner(
     passes: int = 1,
     epochs: int = 10,
 ) -> nn.Module:
-    """AdaQuant, re-normalisation and bias tuning of the quantized layers of `model`, in place.
+    """A copy of `model` whose quantized layers went through AdaQuant, re-normalisation and bias tuning.
+
+    The two repairs are kept only if they lowered the divergence from the teacher on the calibration.
 
     Layers with asymmetric codes per channel are fitted anew from the teacher's weights; others (groups, symmetric, or
     inside of something else than a plain layer) only take part in the two repairs that follow.
@@ -67,7 +79,8 @@ def adaquant_tuner(
     """
     source = _known(teacher)
     data = as_calibration(calibration)
-    treated = {path: m for path, m in model.named_modules() if isinstance(m, QuantLinear | QuantConv)}
+    tuned = copy.deepcopy(model)
+    treated = {path: m for path, m in tuned.named_modules() if isinstance(m, QuantLinear | QuantConv)}
     fitted = {path: m for path, m in treated.items() if _fits(m, dict(source.named_modules()).get(path))}
     if fitted:
         bits: dict[str, tuple[int, int | None]] = {path: (m.quantize.bits, None) for path, m in fitted.items()}
@@ -77,10 +90,30 @@ def adaquant_tuner(
             layer = fake.get_submodule(path)
             assert isinstance(layer, FakeQuantized)
             _write(module, layer)
-    renormalize(model, data, source, passes)
-    # Layers all have a bias now: re-normalisation gave them one.
-    bias_tune(model, source, data, epochs=epochs)
-    return model
+    tuned = _renormalized(tuned, data, source, passes)
+    _give_biases_(tuned)
+    bias_tune_(tuned, source, data, epochs=epochs)
+    absorb_biases_(tuned, _without_bias(model), data)
+    return tuned
+
+
+def _renormalized(model: nn.Module, data: Calibration, teacher: nn.Module, passes: int) -> nn.Module:
+    """A copy of `model`, re-normalised if that brings it closer to `teacher`."""
+    corrected = renormalize(model, data, teacher, passes)
+    with evaluating(model), evaluating(teacher), evaluating(corrected):
+        closer = divergence(corrected, teacher, data) < divergence(model, teacher, data)
+    return corrected if closer else copy.deepcopy(model)
+
+
+def _without_bias(model: nn.Module) -> list[str]:
+    return [path for path, m in model.named_modules() if isinstance(m, QuantLinear | QuantConv) and m.bias is None]
+
+
+def _give_biases_(model: nn.Module) -> None:
+    """A bias of zeros for each quantized layer that has none, so that there is one to tune."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear | QuantConv) and module.bias is None:
+            module.bias = module.weight_scale.new_zeros(module.rows)
 
 
 def _known(teacher: nn.Module | None) -> nn.Module:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,16 @@ from layerwright.nn.quantized import QuantConv, QuantLinear
 from layerwright.treat.fold import FOLDED_MEAN, FOLDED_STD
 from layerwright.tune._fake_layers import FakeQuantized, full_precision
 
-__all__ = ["LiveNorm", "Statistics", "fold_norms", "insert_norms", "quantized_layers", "renormalize", "statistics_of"]
+__all__ = [
+    "LiveNorm",
+    "Statistics",
+    "fold_norms_",
+    "insert_norms",
+    "quantized_layers",
+    "renormalize",
+    "renormalize_",
+    "statistics_of",
+]
 
 EPS = 1e-5
 
@@ -23,6 +33,8 @@ Statistics = tuple[Tensor, Tensor]
 """Mean and standard deviation ``(out,)`` of a layer's full-precision output."""
 
 Layer = FakeQuantized | QuantLinear | QuantConv
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -39,6 +51,15 @@ class LiveNorm:
 
 
 def renormalize(
+    model: M, data: Any, reference: nn.Module | None = None, passes: int = 1, momentum: float | None = None
+) -> M:
+    """A copy of `model` whose quantized layers have the full-precision mean and deviation per channel: `renormalize_`."""
+    corrected = copy.deepcopy(model)
+    renormalize_(corrected, data, reference, passes, momentum)
+    return corrected
+
+
+def renormalize_(
     model: nn.Module, data: Any, reference: nn.Module | None = None, passes: int = 1, momentum: float | None = None
 ) -> dict[str, Statistics]:
     """Correct each quantized layer in place so that its output has the full-precision mean and deviation per channel.
@@ -81,7 +102,7 @@ def renormalize(
         for item in live.values():
             item.remove()
         raise
-    return fold_norms(live)
+    return fold_norms_(live)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Layer]:
@@ -144,7 +165,7 @@ def insert_norms(
 
 
 @torch.no_grad()
-def fold_norms(live: Mapping[str, LiveNorm]) -> dict[str, Statistics]:
+def fold_norms_(live: Mapping[str, LiveNorm]) -> dict[str, Statistics]:
     """Make each live normalisation part of its layer and remove it; codes stay the same. Returns what was measured."""
     measured: dict[str, Statistics] = {}
     for path, item in live.items():

@@ -1,0 +1,31 @@
+"use strict";
+(function () {
+  const root = document.documentElement;
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const coarse = matchMedia("(pointer: coarse)").matches;
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+
+  // Text and grid take the page's own colours, so that both themes stay in one place: the style sheet.
+  function themed(layout) {
+    const style = getComputedStyle(root);
+    const colour = (name) => style.getPropertyValue(name).trim();
+    const axis = (own) => ({ ...own, gridcolor: colour("--line"), linecolor: colour("--line"), zerolinecolor: colour("--line") });
+    const label = { bgcolor: colour("--panel"), bordercolor: colour("--line"), font: { color: colour("--text") }, align: "left" };
+    return {
+      ...layout, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis), hoverlabel: label,
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--text"), size: 13, family: "system-ui, sans-serif" },
+      ...(coarse ? { dragmode: false } : {}),
+    };
+  }
+
+  function draw() {
+    const done = figures.map(function (figure) {
+      const place = document.getElementById("chart-" + figure.key);
+      const layout = themed({ ...figure.layout, height: figure.height });
+      return Plotly.react(place, figure.data, layout, { responsive: true, displaylogo: false, displayModeBar: false });
+    });
+    Promise.all(done).then(function () { root.dataset.charts = String(done.length); });
+  }
+  draw();
+  dark.addEventListener("change", draw);
+})();
