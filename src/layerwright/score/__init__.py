@@ -53,4 +53,3 @@ __all__ = [
     "walk_inputs",
     "weight_error",
 ]
-
