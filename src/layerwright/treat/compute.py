@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwright.core.errors import InputError
-from layerwright.core.treatment import LowRank, Quantize, Sparsify, Treatments, describe, weight_treatments
+from layerwright.core.treatment import LowRank, Quantize, RoundActivations, Sparsify, Treatments, describe
 from layerwright.nn.quantizer import range_scale
 from layerwright.nn.stored import Stored
 from layerwright.score.statistics import InputStatistics, gram_energy
@@ -199,7 +199,7 @@ class _Moments:
 def _parse(name: str, weight: Tensor, treatments: Treatments) -> _Job:
     if weight.dim() != 3 or not weight.is_floating_point():
         raise InputError(f"{name}: got a {weight.dtype} weight {tuple(weight.shape)}, expected floats (count, out, in)")
-    treatments = weight_treatments(treatments)
+    treatments = tuple(t for t in treatments if not isinstance(t, RoundActivations))
     check_treatments(treatments, weight.shape[1], weight.shape[2], name)
     if not bool(weight.isfinite().all()):
         raise InputError(f"{name}: its weight holds NaN or infinity; check the checkpoint")
