@@ -9,7 +9,7 @@ from layerwright.allocate import ALLOCATORS
 from layerwright.core.errors import BudgetError, InputError
 from oracles.allocate import layered_table
 
-NAMES = ["clusters", "evolution", "greedy", "integer", "lagrangian", "one_shot", "uniform"]
+NAMES = ["bit_search", "clusters", "evolution", "greedy", "integer", "lagrangian", "one_shot", "uniform"]
 
 
 def test_names():

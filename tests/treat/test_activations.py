@@ -156,6 +156,20 @@ def test_models_carry_rounded_activations(name: str) -> None:
     assert calibration.mean_loss(again.eval()) == rounded
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_all_four_operands_are_seen_in_every_dtype(attention: str, dtype: torch.dtype) -> None:
+    model, batches = ZOO["llama"]()
+    model.set_attn_implementation(attention)
+    model.to(dtype).eval()
+    path = next(ref.path for ref in list_layers(model) if ref.kind == "attention")
+    treated, _ = apply_plan(model, {path: (RoundAttention(4),)}, batches)
+    products = attached(treated.get_submodule(path), "products")
+    assert products is not None
+    scale = products.quantizers["probabilities"].scale  # type: ignore[union-attr, index]
+    assert 0 < float(scale) <= 1 / 15 + 1e-6  # of values from 0 to 1
+
+
 @torch.no_grad()
 def test_fewer_bits_in_attention_do_more_damage() -> None:
     model, batches = ZOO["vit"]()

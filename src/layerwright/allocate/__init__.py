@@ -3,6 +3,8 @@
 - `ALLOCATORS`: all allocators by name; each is ``(table, limits, *, seed=0, **settings) -> Allocation``.
 - `integer`: exact, by an integer program. `lagrangian`, `greedy`: fast and nearly exact. `evolution`: for damages that
   do not add up. `clusters`: similar layers share a treatment. `uniform`, `one_shot`: baselines.
+- `global_rows`: widths for the output rows of all layers together. `fptq_strategy`: how each input is rounded.
+- `greedy_descent`: step by step down, by measuring.
 - `keep_blocks`: which blocks stay when the lowest-ranked ones go.
 - `pareto`: the trade-off between a resource and the damage. `minimum`: the smallest reachable total.
 - `merge_ties`, `filter_target`: tables for tied layers and for a program that must load the result.
@@ -12,10 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from layerwright.allocate.activation_strategy import fptq_strategy
 from layerwright.allocate.clustering import clusters
 from layerwright.allocate.descent import greedy
 from layerwright.allocate.exact import integer
 from layerwright.allocate.frontier import pareto
+from layerwright.allocate.global_rows import global_rows
+from layerwright.allocate.measured_descent import greedy_descent
 from layerwright.allocate.multipliers import lagrangian
 from layerwright.allocate.population import evolution
 from layerwright.allocate.problem import minimum
@@ -29,7 +34,10 @@ __all__ = [
     "clusters",
     "evolution",
     "filter_target",
+    "fptq_strategy",
+    "global_rows",
     "greedy",
+    "greedy_descent",
     "integer",
     "keep_blocks",
     "lagrangian",
@@ -45,3 +53,4 @@ ALLOCATORS: Registry[Callable[..., Allocation]] = Registry("allocator")
 
 for _function in (clusters, evolution, greedy, integer, lagrangian, one_shot, uniform):
     ALLOCATORS.add(_function.__name__, _function)
+ALLOCATORS.add("bit_search", "layerwright.allocate.bit_search:bit_search")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from layerwright.cli import changing, deciding, showing
+from layerwright.cli.bench_mq import bench_mq
 from layerwright.cli.place import place
 
 __all__ = ["app"]
@@ -29,6 +30,7 @@ for _command in (
     deciding.inspect,
     deciding.plan,
     place,
+    bench_mq,
     changing.apply,
     changing.tune,
     showing.measure,

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from layerwright.core.conv_factors import factored_weights
 from layerwright.core.errors import InputError
-from layerwright.core.treatment import LowRank, Quantize, RoundActivations, RoundAttention, Sparsify, Treatments
+from layerwright.core.treatment import (
+    FactorConv,
+    LowRank,
+    MixRows,
+    Quantize,
+    RoundActivations,
+    RoundAttention,
+    Sparsify,
+    Treatments,
+)
 
 __all__ = ["activation_bytes", "kept_weights", "packed_bytes", "quantized_bytes", "stored_bytes"]
 
@@ -34,7 +44,8 @@ def stored_bytes(treatments: Treatments, out: int, in_: int, count: int = 1, ele
     A sparse matrix is a bit mask (one bit per weight, rows padded to bytes) and its kept values in one flat array;
     quantized, the values are codes packed into 32-bit words. A low-rank matrix is its two factors ``(out, rank)`` and
     ``(rank, in)``; quantized, each factor is stored as a quantized matrix, the first one per channel. Rounded
-    activations add their ranges (`activation_bytes`).
+    activations add their ranges (`activation_bytes`). Rows of mixed widths are one quantized matrix for each width and
+    a 32-bit place for each row. A factorised convolution is the weights of all its stages.
     """
     return activation_bytes(treatments, in_) + _weight_bytes(treatments, out, in_, count, element_bytes)
 
@@ -55,6 +66,18 @@ def _weight_bytes(treatments: Treatments, out: int, in_: int, count: int, elemen
     quantize = next((t for t in treatments if isinstance(t, Quantize)), None)
     sparsify = next((t for t in treatments if isinstance(t, Sparsify)), None)
     low_rank = next((t for t in treatments if isinstance(t, LowRank)), None)
+    mixed = next((t for t in treatments if isinstance(t, MixRows)), None)
+    factor = next((t for t in treatments if isinstance(t, FactorConv)), None)
+    if factor:
+        if count > 1 or quantize or sparsify or low_rank or mixed:
+            raise InputError("factor_conv is for one convolution, without another treatment of its weight")
+        return factored_weights(factor, out, in_) * element_bytes
+    if mixed:
+        if quantize or sparsify or low_rank:
+            raise InputError("mix_rows cannot be combined with another treatment of the weight: choose one")
+        widths = mixed.widths(out)
+        parts = sum(quantized_bytes(len(rows), in_, mixed.part(bits), element_bytes) for bits, rows in widths.items())
+        return count * (parts + (4 * out if len(widths) > 1 else 0))
     if low_rank and sparsify:
         raise InputError("low_rank and sparsify cannot be combined on one layer: choose one")
     if low_rank:

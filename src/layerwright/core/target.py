@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from layerwright.core.errors import unknown_name
-from layerwright.core.treatment import Quantize, Treatments
+from layerwright.core.treatment import TREATMENTS, Quantize, Treatments
 
 __all__ = ["TARGETS", "Target", "target"]
 
@@ -56,7 +56,7 @@ _FUSED = (frozenset({"q", "k", "v"}), frozenset({"gate", "up"}))
 TARGETS = {
     t.name: t
     for t in (
-        Target("layerwright"),
+        Target("layerwright", kinds=frozenset(TREATMENTS)),
         Target("hf", asymmetric=False, kinds=frozenset({"quantize", "drop"}), joint=False, format="compressed-tensors"),
         Target(
             "vllm",

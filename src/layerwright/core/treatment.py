@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from layerwright.core.errors import InputError, PlanError, unknown_name
+from layerwright.core.row_ranges import rows_from_text, rows_to_text
 
 __all__ = [
     "TREATMENTS",
     "Drop",
+    "FactorConv",
     "LowRank",
+    "MixRows",
     "Quantize",
     "RoundActivations",
     "RoundAttention",
@@ -211,6 +214,110 @@ class RoundAttention(Treatment):
 def _check_width(bits: object, name: str = "bits") -> None:
     if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
         raise InputError(f"{name}: got {bits!r}, expected a whole number from 2 to 8")
+
+
+@_known
+@dataclass(frozen=True)
+class MixRows(Treatment):
+    """Store some output rows of a linear layer in more bits than the others (Zheng et al., 2024, MixLLM).
+
+    Rows of 8 bits have no zero point, narrower ones have one.
+
+    Attributes:
+        bits: width of the rows that are not listed, 2 to 8.
+        rows: width to the rows that get it, such as ``8: 0-3 17`` or ``8: 0-3; 6: 9``.
+        group_size: weights that share a scale along the input dimension; -1 is one scale per row.
+        method: `gptq` (with the range of each group chosen by its outputs) or `rtn` (round to nearest).
+        clip: whether `gptq` may shrink the range of a group.
+        act_bits: 8 rounds the input for each token and group of inputs as it comes, and multiplies integers; None
+            computes in floating point.
+    """
+
+    tag: ClassVar[str] = "mix_rows"
+    rank: ClassVar[int] = 30
+    bits: int = 4
+    rows: str = ""
+    group_size: int = 128
+    method: Literal["rtn", "gptq"] = "gptq"
+    clip: bool = True
+    act_bits: int | None = 8
+
+    def __post_init__(self) -> None:
+        found = rows_from_text(self.rows)
+        for width in (self.bits, *found):
+            _check_width(width)
+        if self.bits in found:
+            raise InputError(f"rows: {self.bits} bits is the width of the rows that are not listed; leave them out")
+        if self.group_size != -1 and self.group_size < 1:
+            raise InputError(f"group_size: got {self.group_size}, expected a positive number, or -1 for per channel")
+        if self.act_bits not in (None, 8):
+            raise InputError(f"act_bits: got {self.act_bits}, expected 8 or none")
+        object.__setattr__(self, "rows", rows_to_text(found))
+
+    def widths(self, out: int) -> dict[int, tuple[int, ...]]:
+        """Width to its rows, from the largest on; together each of `out` rows once.
+
+        Raises:
+            InputError: a row that the layer does not have.
+        """
+        found = dict(rows_from_text(self.rows))
+        last = max((rows[-1] for rows in found.values()), default=-1)
+        if last >= out:
+            raise InputError(f"rows: row {last} is listed, and the layer has rows 0 to {out - 1}")
+        listed = {row for rows in found.values() for row in rows}
+        rest = tuple(row for row in range(out) if row not in listed)
+        return dict(sorted({**found, **({self.bits: rest} if rest else {})}.items(), reverse=True))
+
+    def part(self, bits: int) -> Quantize:
+        """How the rows of that width are stored."""
+        return Quantize(bits, self.group_size, symmetric=bits == 8, method=self.method)
+
+    def label(self) -> str:
+        """A short name for tables and charts."""
+        more = "".join(f" {len(rows)} rows int{width}" for width, rows in rows_from_text(self.rows).items())
+        group = "" if self.group_size == -1 else f" g{self.group_size}"
+        return f"int{self.bits}{' a8' if self.act_bits else ''}{group}{' +' + more if more else ''} {self.method}"
+
+
+@_known
+@dataclass(frozen=True)
+class FactorConv(Treatment):
+    """Replace a convolution by a chain of smaller ones (Yu and Bouganis, 2023, Mixed-TD).
+
+    Attributes:
+        inner: the rank, in each group; at least 1.
+        method: `svd` of one unfolding, or `cp` (a sum of products of four vectors).
+        scheme: unfolding of the SVD: 2 splits the kernel's columns from its rows; 4 puts the whole kernel first, over
+            `groups` of inputs; 5 puts it last, over `groups` of outputs.
+        groups: of inputs (scheme 4) or outputs (scheme 5) that are decomposed each by itself.
+        kernel_height, kernel_width: of the layer; a weight that is seen as a matrix does not tell them.
+    """
+
+    tag: ClassVar[str] = "factor_conv"
+    rank: ClassVar[int] = 10
+    inner: int = 8
+    method: Literal["svd", "cp"] = "svd"
+    scheme: Literal[2, 4, 5] = 4
+    groups: int = 1
+    kernel_height: int = 3
+    kernel_width: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("inner", "groups", "kernel_height", "kernel_width"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}: got {value!r}, expected a whole number of at least 1")
+        if self.method not in ("svd", "cp") or self.scheme not in (2, 4, 5):
+            raise InputError(
+                f"factor_conv: got method {self.method!r}, scheme {self.scheme!r}; expected svd or cp, and 2, 4 or 5"
+            )
+        if self.groups > 1 and (self.method == "cp" or self.scheme == 2):
+            raise InputError(f"groups: got {self.groups}, only the schemes 4 and 5 of svd have groups")
+
+    def label(self) -> str:
+        """A short name for tables and charts."""
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        return f"cp rank {self.inner}" if self.method == "cp" else f"svd-{self.scheme} rank {self.inner}{groups}"
 
 
 @_known

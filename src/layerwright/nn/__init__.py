@@ -4,23 +4,37 @@
 - `SparseLinear`, `SparseConv`: a bit mask and the kept weights.
 - `LowRankLinear`, `LowRankConv`: two thin factors.
 - `PackedStack`, `SparseStack`, `LowRankStack`: experts that a model keeps in one three-dimensional parameter.
+- `MixedRowLinear`: some output rows in 8 bits, the others in 4, multiplied with 8-bit activations (MixLLM).
+- `W4A8Linear`: 4-bit weights times 8-bit activations in integers (FPTQ).
+- `FactorizedConv`: a convolution as a chain of smaller ones (Mixed-TD).
+- `ActivationQuantizer`, `InputQuantizer`, `AttentionProducts`: rounded activations, beside the layer that reads them.
 - `Stored`: a treated weight as tensors, from which they are made.
 - `replace_`, `structure_of`, `rebuild_`, `module_from_spec`: put them into a model, list them, build them again.
 """
 
 from __future__ import annotations
 
+from layerwright.nn.activation import ActivationQuantizer, InputQuantizer
+from layerwright.nn.attention_products import AttentionProducts
 from layerwright.nn.experts import LowRankStack, PackedStack, SparseStack, replace_parameter_
+from layerwright.nn.factorized import FactorizedConv
 from layerwright.nn.low_rank import LowRankConv, LowRankLinear
+from layerwright.nn.mixed_rows import MixedRowLinear
 from layerwright.nn.quantized import QuantConv, QuantEmbedding, QuantLinear
 from layerwright.nn.replace import module_from_spec, rebuild_, replace_, structure_of
 from layerwright.nn.sparse import SparseConv, SparseLinear
 from layerwright.nn.stored import Stored
+from layerwright.nn.w4a8 import W4A8Linear
 
 __all__ = [
+    "ActivationQuantizer",
+    "AttentionProducts",
+    "FactorizedConv",
+    "InputQuantizer",
     "LowRankConv",
     "LowRankLinear",
     "LowRankStack",
+    "MixedRowLinear",
     "PackedStack",
     "QuantConv",
     "QuantEmbedding",
@@ -29,6 +43,7 @@ __all__ = [
     "SparseLinear",
     "SparseStack",
     "Stored",
+    "W4A8Linear",
     "module_from_spec",
     "rebuild_",
     "replace_",

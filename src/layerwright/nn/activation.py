@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from layerwright.core.errors import InputError
 from layerwright.nn.attached import Attachment
 from layerwright.nn.quantizer import fake_quantize, find_scale, grid
+from layerwright.nn.two_regions import choose_region
 
 __all__ = ["ActivationQuantizer", "InputQuantizer", "round_log2", "round_log_sqrt2", "round_two_regions"]
 
@@ -54,12 +55,10 @@ def round_two_regions(x: Tensor, scale: Tensor, bits: int, ratio: int, *, signed
     ``0 .. 2**(bits-1) - 1``. A value takes the grid that comes nearer to it, the fine one if they tie.
     """
     half = 1 << (bits - 1)
-    low, high = (-(half // 2), half // 2 - 1) if signed else (0, half - 1)
     coarse = scale * 2.0**ratio
-    fine_values = (x / scale).round().clamp(low, high) * scale
-    coarse_values = (x / coarse).round().clamp(0, half - 1) * coarse
-    values = torch.where((x - fine_values).abs() <= (x - coarse_values).abs(), fine_values, coarse_values)
-    return _straight_through(x, values, coarse * (half - 1), low * scale)
+    far, place = choose_region(x, scale, bits, ratio, signed=signed)
+    low = -(half // 2) * scale if signed else 0.0
+    return _straight_through(x, torch.where(far, place * coarse, place * scale), coarse * (half - 1), low)
 
 
 def _straight_through(x: Tensor, values: Tensor, high: Tensor, low: Tensor | float = 0.0) -> Tensor:

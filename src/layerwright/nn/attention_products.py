@@ -110,6 +110,12 @@ class _Products(TorchFunctionMode):
             self._probabilities.add(out.data_ptr())
             self._kept.append(out)
             return out
+        if func in _KEEPING and args and isinstance(args[0], Tensor) and args[0].data_ptr() in self._probabilities:
+            # Attention in bfloat16 takes its softmax in float32 and converts it back.
+            out = func(*args, **kwargs)
+            self._probabilities.add(out.data_ptr())
+            self._kept.append(out)
+            return out
         if func in _MATMUL and len(args) >= 2 and _both_computed(args[0], args[1]):
             second = args[0].data_ptr() in self._probabilities
             left, right = ("probabilities", "value") if second else ("query", "key")
@@ -157,6 +163,7 @@ class _Products(TorchFunctionMode):
         return self.see("probabilities", probabilities) @ value
 
 
+_KEEPING = {Tensor.to, Tensor.type_as, Tensor.float, Tensor.contiguous, F.dropout, torch.dropout, Tensor.clone}
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 

@@ -106,6 +106,34 @@ class QuantizedWeight(TreatedWeight):
             self.input_scale = owned(stored.input_scale, self.dtype, ())
         self.forget()
 
+    @torch.no_grad()
+    def set_scale_(self, scale: Tensor, weight: Tensor | None = None) -> None:
+        """Take over `scale` ``(out, groups)`` (a stack: ``(count, out, groups)``), rounded to the dtype it is stored in.
+
+        With `weight` ``(out, in)`` (a stack: ``(count, out, in)``) its codes are found anew on the new grid; without,
+        codes stay as they are. Zero points stay in both. Buffers are replaced, so that copies that share them keep theirs.
+
+        Raises:
+            InputError: another shape, or scales that are not positive numbers.
+        """
+        if scale.shape != self.weight_scale.shape or not bool((scale.isfinite() & (scale > 0)).all()):
+            raise InputError(
+                f"scale: expected positive numbers {tuple(self.weight_scale.shape)}, got {tuple(scale.shape)}, "
+                f"smallest {float(scale.min()) if scale.numel() else 'none'}"
+            )
+        if weight is not None and weight.shape != (*scale.shape[:-1], self.columns):
+            raise InputError(f"weight: got {tuple(weight.shape)}, expected {(*scale.shape[:-1], self.columns)}")
+        self.weight_scale = owned(scale, self.dtype, self.weight_scale.shape)
+        if weight is not None:
+            codes = quantize(weight.float(), self.weight_scale.float(), self.weight_zero, self.quantize.bits)
+            name = "weight" if self.quantize.act_bits else "weight_packed"
+            stream = self._buffers[name]
+            assert stream is not None
+            rows = codes.reshape(-1, self.columns)
+            packed = rows if self.quantize.act_bits else pack(rows, self.quantize.bits)
+            self._buffers[name] = owned(packed, stream.dtype, stream.shape)
+        self.forget()
+
     def codes(self, part: int, start: int, stop: int) -> Tensor:
         """Signed codes of rows ``start:stop`` of matrix `part`, int8 ``(stop - start, columns)``."""
         rows = self._rows("weight" if self.quantize.act_bits else "weight_packed", part, start, stop)

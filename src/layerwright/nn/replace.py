@@ -17,6 +17,7 @@ from layerwright.nn.attention_products import AttentionProducts
 from layerwright.nn.conv_settings import ConvSettings
 from layerwright.nn.experts import ExpertStack, LowRankStack, PackedStack, SparseStack, replace_parameter_
 from layerwright.nn.low_rank import LowRankConv, LowRankLinear
+from layerwright.nn.mixed_rows import MixedRowLinear
 from layerwright.nn.quantized import QuantConv, QuantEmbedding, QuantLinear
 from layerwright.nn.sparse import SparseConv, SparseLinear
 from layerwright.nn.stored import Stored
@@ -46,7 +47,11 @@ for _name, _cls in {
     MODULES.add(_name, _cls)
 MODULES.add("lora_linear", "layerwright.nn.lora:LoraLinear")
 MODULES.add("input_quantizer", InputQuantizer)
+MODULES.add("mixed_row_linear", MixedRowLinear)
+MODULES.add("w4a8_linear", "layerwright.nn.w4a8:W4A8Linear")
 MODULES.add("attention_products", AttentionProducts)
+MODULES.add("factorized_conv", "layerwright.nn.factorized:FactorizedConv")
+MODULES.add("key_value_rounding", "layerwright.nn.rounded_cache:KeyValueRounding")
 
 
 _CONVS: dict[str, Any] = {"low_rank": LowRankConv, "sparse": SparseConv, "quantized": QuantConv}
@@ -175,6 +180,8 @@ def _build(old: nn.Module, ref: LayerRef, stored: Stored, dtype: torch.dtype) ->
     """The treated module for `stored` with what `old` has besides its weight."""
     form = "low_rank" if stored.factors is not None else "sparse" if stored.mask is not None else "quantized"
     bias = getattr(old, "bias", None)
+    if stored.parts is not None and (ref.layout not in ("linear", "conv1d") or isinstance(old, nn.Embedding)):
+        raise InputError(f"{ref.path}: only the rows of a linear layer can have different widths")
     if ref.layout == "conv":
         _require_plain(old, ref.path, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         conv = _CONVS[form].from_stored(stored, bias, dtype, ConvSettings.of(old))
@@ -188,6 +195,8 @@ def _build(old: nn.Module, ref: LayerRef, stored: Stored, dtype: torch.dtype) ->
         return QuantEmbedding.from_stored(stored, dtype, padding_idx=old.padding_idx, multiplier=multiplier)
     if ref.layout == "linear":
         _require_plain(old, ref.path, (nn.Linear,))
+    if stored.parts is not None:
+        return MixedRowLinear.from_stored(stored, bias, dtype)
     linear = _LINEARS[form].from_stored(stored, bias, dtype)
     return linear  # type: ignore[no-any-return]
 

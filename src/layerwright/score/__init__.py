@@ -4,6 +4,7 @@ A damage is an increase of the loss (lower is better); the scorers of blocks giv
 important). Every scorer is in `SCORERS` by name and takes a `Subject`.
 """
 
+from layerwright.score.activation_range import activation_range
 from layerwright.score.anchors import anchored_fisher
 from layerwright.score.base import SCORERS, Scorer, Subject, TreatWeights
 from layerwright.score.blocks import (
@@ -26,6 +27,7 @@ from layerwright.score.options import (
     taylor,
     weight_error,
 )
+from layerwright.score.output_rows import output_row_loss
 from layerwright.score.statistics import InputStatistics
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "Scorer",
     "Subject",
     "TreatWeights",
+    "activation_range",
     "anchored_fisher",
     "attention_similarity",
     "block_magnitude",
@@ -45,6 +48,7 @@ __all__ = [
     "hutchinson",
     "loss_swap",
     "output_error",
+    "output_row_loss",
     "profile_model",
     "second_order",
     "similarity",
@@ -53,3 +57,7 @@ __all__ = [
     "walk_inputs",
     "weight_error",
 ]
+
+SCORERS.add("emq", "layerwright.score.proxies.scorer:emq")
+SCORERS.add("lrp", "layerwright.score.relevance.contribution:lrp_scorer")
+SCORERS.add("compression_probes", "layerwright.score.compression_probes:compression_probes")

@@ -11,14 +11,22 @@ import torch
 from torch import Tensor
 
 from layerwright.core.errors import InputError
-from layerwright.core.treatment import LowRank, Quantize, RoundActivations, Sparsify, Treatments, describe
+from layerwright.core.treatment import (
+    LowRank,
+    MixRows,
+    Quantize,
+    RoundActivations,
+    Sparsify,
+    Treatments,
+    describe,
+)
 from layerwright.nn.quantizer import range_scale
 from layerwright.nn.stored import Stored
 from layerwright.score.statistics import InputStatistics, gram_energy
 from layerwright.treat._pieces import join_counts, merge_rows, split_rows
 from layerwright.treat.factorize import low_rank
 from layerwright.treat.prune import magnitude_mask, removed_weights, sparsegpt, spread_evenly, wanda_mask
-from layerwright.treat.quantize import Factor, Order, factor_notes, gptq_with, prepare, round_to_nearest
+from layerwright.treat.quantize import Factor, Order, factor_notes, gptq_with, mix_rows, prepare, round_to_nearest
 
 __all__ = ["Needs", "check_treatments", "needed_statistics", "relative_error", "treated", "treated_group"]
 
@@ -54,16 +62,23 @@ def check_treatments(treatments: Treatments, out: int, in_: int, name: str = "la
     """
     kinds = [type(t) for t in treatments]
     for t in treatments:
-        if not isinstance(t, Quantize | Sparsify | LowRank):
+        if not isinstance(t, Quantize | Sparsify | LowRank | MixRows):
             raise InputError(f"{name}: {t.label()} is not a treatment of a weight")
         if kinds.count(type(t)) > 1:
             raise InputError(f"{name}: {describe(treatments)} repeats {t.tag}; give it once")
-        if isinstance(t, Quantize) and t.group_size != -1 and in_ % t.group_size:
+        if isinstance(t, Quantize | MixRows) and t.group_size != -1 and in_ % t.group_size:
             raise InputError(f"{name}: group_size {t.group_size} does not divide its {in_} inputs; use a divisor or -1")
         if isinstance(t, Sparsify) and t.pattern == "2:4" and in_ % 4:
             raise InputError(f"{name}: pattern 2:4 needs a multiple of 4 inputs, it has {in_}; use unstructured")
         if isinstance(t, LowRank) and t.inner >= min(out, in_):
             raise InputError(f"{name}: rank {t.inner} is not below min{(out, in_)}; use a smaller one")
+    if MixRows in kinds:
+        if len(kinds) > 1:
+            raise InputError(f"{name}: {describe(treatments)} cannot be combined on one layer; choose one")
+        try:
+            next(t for t in treatments if isinstance(t, MixRows)).widths(out)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
     if LowRank in kinds and Sparsify in kinds:
         raise InputError(f"{name}: low_rank and sparsify cannot be combined on one layer; choose one")
 
@@ -112,6 +127,8 @@ def treated_group(
     """
     names = names or [f"layer {i}" for i in range(len(weights))]
     jobs = [_parse(*job) for job in zip(names, weights, treatments, strict=True)]
+    if any(job.mixed is not None for job in jobs):
+        return _with_mixed_rows(jobs, stats, scale_dtype)
     if stats is None or not bool((stats.tokens > 0).any()):
         return [_without_statistics(job, scale_dtype) for job in jobs]
     stats.check(", ".join(names))
@@ -170,6 +187,7 @@ class _Job:
     low_rank: LowRank | None
     sparsify: Sparsify | None
     quantize: Quantize | None
+    mixed: MixRows | None = None
 
     @property
     def stackable(self) -> bool:
@@ -206,7 +224,36 @@ def _parse(name: str, weight: Tensor, treatments: Treatments) -> _Job:
     low = next((t for t in treatments if isinstance(t, LowRank)), None)
     sparse = next((t for t in treatments if isinstance(t, Sparsify)), None)
     quantize = next((t for t in treatments if isinstance(t, Quantize)), None)
-    return _Job(name, weight, treatments, low, sparse, quantize)
+    mixed = next((t for t in treatments if isinstance(t, MixRows)), None)
+    if mixed is not None and len(weight) > 1:
+        raise InputError(f"{name}: mix_rows is for one matrix, it has {len(weight)}; use quantize")
+    return _Job(name, weight, treatments, low, sparse, quantize, mixed)
+
+
+def _with_mixed_rows(
+    jobs: Sequence[_Job], stats: InputStatistics | None, scale_dtype: torch.dtype
+) -> list[tuple[Stored, list[str]]]:
+    """`treated_group` where some jobs mix the widths of rows: these share their factors among themselves."""
+    factors: dict[int, Factor] = {}
+    done = []
+    for job in jobs:
+        if job.mixed is None:
+            done += treated_group([job.weight], [job.treatments], stats, scale_dtype=scale_dtype, names=[job.name])
+            continue
+        seen = stats is not None and bool((stats.tokens > 0).any())
+        gram = None
+        if stats is not None and seen and job.mixed.method == "gptq":
+            stats.check(job.name)
+            _check_statistics(job, stats)
+            if stats.count > 1:
+                raise InputError(f"{job.name}: mix_rows is for linear layers; use quantize for a grouped convolution")
+            gram = stats.gram[0]
+        tokens = stats.tokens if stats is not None else 0
+        stored, notes = mix_rows(job.weight[0], job.mixed, gram, tokens, scale_dtype, factors=factors)
+        if gram is None and job.mixed.method == "gptq":
+            notes = [f"never reached by the calibration data: {_FALLBACK['gptq']}"]
+        done.append((stored, notes))
+    return done
 
 
 def _check_statistics(job: _Job, stats: InputStatistics) -> None:

@@ -24,7 +24,9 @@ class Preparer(Protocol):
 PREPARERS: Registry[Preparer] = Registry("preparation")
 """Steps by name; `Recipe.prepare` and `Plan.prepare` name them."""
 
+PREPARERS.add("log_equalize", "layerwright.treat.log_equalize:log_equalize_")
 PREPARERS.add("smooth", "layerwright.treat.smooth:smooth_")
+PREPARERS.add("reparameterize", "layerwright.treat.reparameterize:reparameterize_")
 
 
 def prepare_(

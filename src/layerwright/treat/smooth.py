@@ -13,7 +13,7 @@ from layerwright.core.errors import InputError
 from layerwright.core.layer import get_parameter
 from layerwright.treat.migrate import NormReaders, find_norm_readers, migrate_, unchanged
 
-__all__ = ["channel_ranges", "smooth_"]
+__all__ = ["channel_ranges", "log_factors", "smooth_"]
 
 
 def channel_ranges(
@@ -72,9 +72,12 @@ def smooth_(
     """
     if rule not in ("balance", "log", "none") or not 0 <= alpha <= 1:
         raise InputError(f"smooth: got rule {rule!r}, alpha {alpha}; expected balance, log or none, and 0 to 1")
-    groups = tuple(group for group in find_norm_readers(model, calibration) if not group.others)
+    found = find_norm_readers(model, calibration)
+    groups = tuple(group for group in found if not group.others)
     if not groups:
-        raise InputError("smooth: no norm whose output only goes into linear layers; this model cannot be smoothed")
+        raise InputError(
+            f"smooth: no norm whose output only goes into linear layers{_first_reason(found)}; this model cannot be smoothed"
+        )
     ranges = channel_ranges(model, calibration, groups)
     notes = []
     with unchanged(model, calibration):
@@ -90,12 +93,22 @@ def smooth_(
     return notes
 
 
+def log_factors(size: Tensor) -> Tensor:
+    """``m / log2(2 + m)`` for the largest size `m` of each channel; 1 for one below 1e-5 (Li et al., 2023, FPTQ)."""
+    return torch.where(size < 1e-5, torch.ones_like(size), size / torch.log2(2 + size))
+
+
+def _first_reason(found: tuple[NormReaders, ...]) -> str:
+    """The first norm that something else reads too, and what."""
+    return f" ({found[0].norm} is also read by {', '.join(found[0].others[:3])})" if found else ""
+
+
 def _factors(model: nn.Module, group: NormReaders, size: Tensor, rule: str, alpha: float) -> Tensor:
     """``(channels,)``; 1 for a channel that is constant or all but dead."""
     if rule == "none":
         return torch.ones_like(size)
     if rule == "log":
-        factors = size / torch.log2(2 + size)
+        return log_factors(size)
     else:
         weight = torch.zeros_like(size)
         for path in group.readers:

@@ -17,6 +17,7 @@ from layerwright.nn.stored import Stored
 from layerwright.score.inputs import UnitInputs
 from layerwright.score.statistics import InputStatistics
 from layerwright.treat.compute import needed_statistics, relative_error, treated_group
+from layerwright.treat.factorize import ConvChain, chosen_factor, factor_conv_, place_chain_
 
 __all__ = ["finish_unit", "needs_inputs", "treat_unit"]
 
@@ -45,7 +46,15 @@ def treat_unit(
         names: path in `model` to the path that reports use, where blocks were dropped.
     """
     finished: list[tuple[LayerRef, Stored]] = []
-    for group in inputs.groups([ref for ref in refs if weight_treatments(plan.get(ref.path, ()))]):
+    matrices = []
+    for ref in refs:
+        if chosen_factor(plan.get(ref.path, ())) is None:
+            matrices.append(ref)
+            continue
+        chain, record = factor_conv_(model, ref, plan[ref.path], name=(names or {}).get(ref.path, ref.path))
+        report.add(record)
+        finished.append((ref, chain))
+    for group in inputs.groups([ref for ref in matrices if weight_treatments(plan.get(ref.path, ()))]):
         statistics = inputs.of.get(group[0].path)
         weights = [read_matrix(model, ref) for ref in group]
         begun = time.perf_counter()
@@ -102,4 +111,7 @@ def finish_unit(model: nn.Module, finished: Sequence[tuple[LayerRef, Stored]], *
         return
     with torch.no_grad():
         for ref, stored in finished:
-            replace_(model, ref, stored)
+            if isinstance(stored, ConvChain):
+                place_chain_(model, ref, stored)
+            else:
+                replace_(model, ref, stored)

@@ -10,11 +10,12 @@ from layerwright.core.registry import Registry
 from layerwright.tune.adaquant import AdaQuant
 from layerwright.tune.bias_tune import bias_tune
 from layerwright.tune.distill import distill, distill_layers
+from layerwright.tune.evolq import EvolQ
 from layerwright.tune.full import full
 from layerwright.tune.lora import lora
 from layerwright.tune.renormalize import renormalize
 
-__all__ = ["TUNERS", "AdaQuant", "bias_tune", "distill", "distill_layers", "full", "lora", "renormalize"]
+__all__ = ["TUNERS", "AdaQuant", "EvolQ", "bias_tune", "distill", "distill_layers", "full", "lora", "renormalize"]
 
 TUNERS: Registry[Callable[..., nn.Module]] = Registry("tuner")
 """Tuners by name; targets are imported when first used."""
@@ -23,9 +24,11 @@ for _name, _target in {
     "adaquant": "layerwright.tune.recover:adaquant_tuner",
     "bias_tune": "layerwright.tune.recover:bias_tuner",
     "distill": "layerwright.tune.distill:distill",
+    "evolq": "layerwright.tune.evolq:evolq_tuner",
     "distill_layers": "layerwright.tune.distill:distill_layers",
     "full": "layerwright.tune.full:full",
     "lora": "layerwright.tune.lora:lora",
     "renormalize": "layerwright.tune.recover:renormalize_tuner",
+    "window": "layerwright.tune.window:window",
 }.items():
     TUNERS.add(_name, _target)

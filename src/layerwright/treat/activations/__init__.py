@@ -9,6 +9,7 @@ from layerwright.treat.activations.ranges import (
     fit_quantizer,
     fit_two_regions,
     fit_uniform,
+    hessian_error,
     search_region_ratio,
 )
 
@@ -18,6 +19,7 @@ __all__ = [
     "fit_quantizer",
     "fit_two_regions",
     "fit_uniform",
+    "hessian_error",
     "round_activations_",
     "search_region_ratio",
 ]

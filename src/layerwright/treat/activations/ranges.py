@@ -13,13 +13,16 @@ from layerwright.nn.activation import ActivationQuantizer, round_two_regions
 from layerwright.nn.quantizer import fake_quantize, find_scale, mse_clip, range_scale
 from layerwright.treat.activations._samples import Samples
 
-__all__ = ["fit_log", "fit_quantizer", "fit_two_regions", "fit_uniform", "search_region_ratio"]
+__all__ = ["fit_log", "fit_quantizer", "fit_two_regions", "fit_uniform", "hessian_error", "search_region_ratio"]
 
 Observer = Literal["minmax", "mse", "percentile", "output"]
 PERCENTILES = (0.999, 0.9999, 0.99999)
 """Candidates of the percentile observer (Li et al., 2023, RepQ-ViT)."""
 SHARES = tuple(1 - 0.05 * i for i in range(11))
 """Shares of the largest value that the two-region search tries."""
+
+SEARCHED = 1 << 17
+"""Values of a sample that the two-region search rounds for every candidate."""
 
 Error = Callable[[Tensor, Tensor], Tensor]
 """``error(x, rounded x)``: one number, lower is better."""
@@ -33,6 +36,25 @@ def squared_error(x: Tensor, rounded: Tensor) -> Tensor:
 def output_error(weight: Tensor) -> Error:
     """Mean squared change of ``x @ weight.T`` for `weight` ``(out, in)``."""
     return lambda x, rounded: ((x - rounded) @ weight.T.float()).square().mean()
+
+
+def hessian_error(weight: Tensor, moment: Tensor) -> Error:
+    """Second-order rise of the loss, ``mean (dy)^T moment dy / 2`` for ``dy = (x - rounded x) @ weight.T``.
+
+    Args:
+        weight: ``(out, in)``.
+        moment: second moment of the loss's gradient at the layer's output, ``(out, out)`` or its diagonal ``(out,)``
+            (`layerwright.score.gradients.output_gradients`).
+
+    Source: the Hessian-guided metric of Yuan et al. (2022), PTQ4ViT, which takes the diagonal.
+    """
+    g = moment.float()
+
+    def error(x: Tensor, rounded: Tensor) -> Tensor:
+        moved = (x - rounded) @ weight.T.float()
+        return ((moved @ g if g.dim() == 2 else moved * g) * moved).sum(-1).mean() / 2
+
+    return error
 
 
 def fit_uniform(
@@ -125,7 +147,13 @@ def fit_log(samples: Samples, quantizer: ActivationQuantizer, name: str) -> Tens
 
 
 def search_region_ratio(
-    x: Tensor, bits: int, *, signed: bool, error: Error = squared_error, largest_ratio: int | None = None
+    x: Tensor,
+    bits: int,
+    *,
+    signed: bool,
+    error: Error = squared_error,
+    largest_ratio: int | None = None,
+    largest: Tensor | None = None,
 ) -> tuple[int, Tensor, Tensor]:
     """OPT-m: the ratio of the two regions' steps, and the share of the largest value, of least error, by trying all.
 
@@ -135,14 +163,17 @@ def search_region_ratio(
         signed: whether the fine region has negative codes (the output of GELU) or not (probabilities).
         error: ``error(x, rounded)``; by default the squared error of `x` itself.
         largest_ratio: ratios tried are 2**0 to 2**largest_ratio; by default ``bits + 2``.
+        largest: the value that shares are taken of; by default the largest of `x`.
 
     Returns:
         ``(ratio, scale (1,), losses (ratios, shares))``, where `scale` is the fine step.
 
     Source: Tai and Wu (2024), arXiv 2401.14895; the two-region grid of Tai et al. (2023).
     """
+    if not 3 <= bits <= 8:
+        raise InputError(f"bits: got {bits} for two regions, expected 3 to 8 (one bit says which region)")
     top = (1 << (bits - 1)) - 1
-    largest = x.max().clamp(min=1e-8)
+    largest = (x.max() if largest is None else largest).clamp(min=1e-8)
     ratios = range((bits + 2 if largest_ratio is None else largest_ratio) + 1)
     losses = torch.empty(len(ratios), len(SHARES))
     for row, ratio in enumerate(ratios):
@@ -162,7 +193,9 @@ def fit_two_regions(
     """A two-region quantizer with the ratio and range of least error (`search_region_ratio`)."""
     x = samples.values(name)
     signed = bool((x < 0).any()) if signed is None else signed
-    ratio, scale, _ = search_region_ratio(x, bits, signed=signed, error=error)
+    assert samples.high is not None
+    part = x[: max(SEARCHED // x.shape[1], 16)]  # kept rows are in random order
+    ratio, scale, _ = search_region_ratio(part, bits, signed=signed, error=error, largest=samples.high.max())
     return ActivationQuantizer(bits, "two_region", ratio=ratio, signed=signed).set_(scale)
 
 

@@ -67,7 +67,9 @@ def factor_notes(unseen: Tensor, damped: Tensor, failed: Tensor) -> list[str]:
 
 
 @torch.no_grad()
-def prepare(gram: Tensor, tokens: Tensor | int, *, order: Order = "descending", damping: float = 0.01) -> Factor:
+def prepare(
+    gram: Tensor, tokens: Tensor | int, *, order: Order | Tensor = "descending", damping: float = 0.01
+) -> Factor:
     """Factorise ``H = 2 / tokens * gram + damping * mean(diag H) * I``, once for all weights that read this input.
 
     Dead inputs (a zero on the diagonal) do not take part in the mean. The factorisation runs in float32, again in
@@ -78,7 +80,7 @@ def prepare(gram: Tensor, tokens: Tensor | int, *, order: Order = "descending", 
     Args:
         gram: ``(count, in, in)`` or ``(in, in)``, symmetric.
         tokens: rows that were summed, a number or ``(count,)``.
-        order: in which columns will be visited.
+        order: in which columns will be visited, by name or ``(count, in)`` int64.
         damping: share of the mean second moment that is added to every one.
 
     Raises:
@@ -99,7 +101,9 @@ def prepare(gram: Tensor, tokens: Tensor | int, *, order: Order = "descending", 
     live = (~dead).sum(-1).clamp(min=1)
     mean = torch.where(unseen, 1.0, importance.sum(-1) / live)
     filled = torch.where(importance == 0, mean[:, None], importance)
-    if order == "descending":
+    if isinstance(order, Tensor):
+        columns = order.to(gram.device).expand(count, size)
+    elif order == "descending":
         columns = importance.argsort(dim=-1, descending=True, stable=True)
         columns = torch.where(unseen[:, None], torch.arange(size, device=gram.device), columns)
     else:

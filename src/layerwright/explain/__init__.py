@@ -1,0 +1,39 @@
+"""What layers compute, and what a prediction comes from.
+
+- `lrp`: layer-wise relevance propagation through a vision transformer; `Relevance`: what it returns.
+- `lrp_linear`, `lrp_conv`, `lrp_matmul`, `lrp_add`, `lrp_multiply`, `lrp_proportional`, `lrp_pixels`: its rules.
+- `lrp_contribution`: the share of every layer.
+- `scale_landscape`: the loss over a plane of weight scales, or of weights, of one block; `roughness` of such a grid.
+"""
+
+from __future__ import annotations
+
+from layerwright.explain.relevance import (
+    Relevance,
+    lrp,
+    lrp_add,
+    lrp_contribution,
+    lrp_conv,
+    lrp_linear,
+    lrp_matmul,
+    lrp_multiply,
+    lrp_pixels,
+    lrp_proportional,
+)
+from layerwright.explain.scale_landscape import Landscape, roughness, scale_landscape
+
+__all__ = [
+    "Landscape",
+    "Relevance",
+    "lrp",
+    "lrp_add",
+    "lrp_contribution",
+    "lrp_conv",
+    "lrp_linear",
+    "lrp_matmul",
+    "lrp_multiply",
+    "lrp_pixels",
+    "lrp_proportional",
+    "roughness",
+    "scale_landscape",
+]

@@ -1,0 +1,60 @@
+"""What a recipe needs a model to have, checked before any work, and which recipes serve a model that lacks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from layerwright.core.blocks import Blocks, find_blocks
+from layerwright.core.errors import InputError
+from layerwright.core.layers import list_layers
+from layerwright.recipes.book import recipes
+
+__all__ = ["NEEDS", "has", "require"]
+
+
+def _blocks(model: nn.Module) -> tuple[Blocks, ...]:
+    try:
+        return find_blocks(model)
+    except InputError:
+        return ()
+
+
+def _vision_transformer(model: nn.Module) -> bool:
+    """It reads pixels alone and has attention."""
+    reads = getattr(model, "main_input_name", "pixel_values")
+    refs = list_layers(model)
+    return reads == "pixel_values" and any(r.role == "stem" for r in refs) and any(r.kind == "attention" for r in refs)
+
+
+NEEDS: dict[str, Callable[[nn.Module], bool]] = {
+    "batchnorm": lambda model: any(isinstance(module, _BatchNorm) for module in model.modules()),
+    "blocks": lambda model: bool(_blocks(model)),
+    "decoder": lambda model: any(stack.role == "decoder" for stack in _blocks(model)),
+    "vision_transformer": _vision_transformer,
+}
+"""What a model can have, by the name that recipes use; a need that is not listed concerns the data."""
+
+_WORDS = {"batchnorm": "batch norms", "vision_transformer": "a vision transformer's attention"}
+
+
+def has(need: str, model: nn.Module) -> bool:
+    """Whether `model` has what `need` names; names and shapes are looked at only, so that the meta device serves."""
+    return NEEDS[need](model) if need in NEEDS else True
+
+
+def require(need: str, model: nn.Module, recipe_name: str) -> None:
+    """Refuse a recipe that `model` cannot serve.
+
+    Raises:
+        InputError: names the recipes that can.
+    """
+    if has(need, model):
+        return
+    others = [item.name for item in recipes() if item.name != recipe_name and all(has(n, model) for n in item.needs)]
+    raise InputError(
+        f"recipe {recipe_name} needs a model with {_WORDS.get(need, need)}, and {type(model).__name__} has none; "
+        f"recipes for it: {', '.join(others) or 'none'}"
+    )
