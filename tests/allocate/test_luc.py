@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -25,7 +26,7 @@ def test_sparsity_has_the_mean_and_falls_with_sensitivity(values: list[float], s
     assert math.fsum(found.values()) / len(found) == pytest.approx(mean, abs=1e-9)
     assert all(0 <= value <= 0.95 + 1e-12 for value in found.values())
     ordered = sorted(scores, key=scores.__getitem__)
-    assert all(found[a] >= found[b] - 1e-12 for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(found[a] >= found[b] - 1e-12 for a, b in itertools.pairwise(ordered))
 
 
 @given(SENSITIVITIES, st.floats(0.01, 0.99), st.floats(0.3, 0.95))
@@ -62,10 +63,8 @@ def test_both_rules_together() -> None:
     assert [own.bits for own in found.values()] == [6, 3, 3]
 
 
-@pytest.mark.parametrize("base", [1, 5, 7, 9, 16, 4.0, True, "4"])
+@pytest.mark.parametrize("base", [1, 5, 7, 9, 16, True, "4"])
 def test_bits_outside_the_widths_are_refused(base: object) -> None:
-    if base == 4.0 and not isinstance(base, int):
-        pytest.skip("4.0 is the number 4")
     with pytest.raises(InputError, match="base"):
         luc_bits(named([1.0]), base)  # type: ignore[arg-type]
 

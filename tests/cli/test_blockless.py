@@ -68,5 +68,5 @@ def test_dropping_blocks_of_a_model_without_any_is_refused(
         assert f"layerwright: recipe {recipe} drops blocks, and the model has no repeated blocks" in lines
         # Whatever else stands in the way is said along with it.
         decoder = f"layerwright: recipe {recipe} needs a model with decoder, and BertForMaskedLM has none"
-        assert len(lines) == 1 + (decoder in lines)
+        assert len(lines) == 1 + any(line.startswith(decoder) for line in lines)
     assert not list(tmp_path.iterdir())

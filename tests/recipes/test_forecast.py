@@ -122,7 +122,8 @@ def test_memory_and_state_grow_with_the_data(monkeypatch: pytest.MonkeyPatch) ->
     assert twice.peak_memory_bytes - once.peak_memory_bytes == 2 * state
     assert twice.disk_bytes - once.disk_bytes == 2 * state
     assert twice.finished_bytes == once.finished_bytes
-    assert once.seconds == pytest.approx(6.0, abs=1.0)
+    # What was spent, what is to come, and the probes of this machine if they were not measured before.
+    assert 6.0 <= once.seconds < 30.0
     free = forecast_apply(model, Plan(layers=dict.fromkeys(plan.layers, (Quantize(3, method="rtn"),))), None)
     assert free.disk_bytes == free.finished_bytes
 

@@ -112,6 +112,27 @@ SYSTEMS: tuple[System, ...] = (
         ),
     ),
     System(
+        slug="edge-llm",
+        title="EDGE-LLM: Enabling Efficient Large Language Model Adaptation on Edge Devices via Layerwise Unified "
+        "Compression and Adaptive Layer Tuning and Voting",
+        authors="Yu et al.",
+        year=2024,
+        arxiv="2406.15758",
+        idea="Compress each layer by what it can bear, tune a few layers below one exit at a time, let all exits vote.",
+        rooms=("score", "allocate", "treat", "tune", "nn", "recipes"),
+        objects=(
+            "score.compression_probes.compression_sensitivity",
+            "score.gemm_schedule.gemm_schedule",
+            "allocate.luc.luc",
+            "treat.exits.add_exits",
+            "nn.rounded_cache.round_cache_",
+            "tune.window.WindowTuner",
+            "tune.vote.vote",
+            "recipes.luc.decide_luc",
+        ),
+        recipes=("edge_llm",),
+    ),
+    System(
         slug="emq",
         title="EMQ: Evolving Training-free Proxies for Automated Mixed Precision Quantization",
         authors="Dong et al.",

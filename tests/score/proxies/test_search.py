@@ -191,7 +191,7 @@ def test_ray_is_asked_for_by_name() -> None:
     try:
         import ray  # type: ignore[import-not-found]  # noqa: F401
     except ImportError:
-        with pytest.raises(MissingExtraError, match=r"layerwright\[ray\]"):
+        with pytest.raises(MissingExtraError, match=r"layerwright\[search\]"):
             search(engine="ray", workers=2)
     else:
         assert search(iterations=8, population=6, engine="ray", workers=2) == search(iterations=8, population=6)
