@@ -22,12 +22,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="calibration images")
     parser.add_argument("--epochs", type=int, default=20, help="of training the larger ViT; 0 leaves it out")
     parser.add_argument("--methods", nargs="+", default=[*METHODS, "lrp_qvit"])
+    parser.add_argument(
+        "--spread", action=argparse.BooleanOptionalAction, default=True, help="with spread channels too"
+    )
     a = parser.parse_args()
     models: dict[str, nn.Module] = {"demo:vit": load("demo:vit", dtype="float32")[0]}
     if a.epochs:
         models["ViT 96 x 8"] = larger_vit(epochs=a.epochs)
-    data = calibration_digits(a.samples)
-    models |= {f"{name}, spread": spread_channels(model, data) for name, model in models.items()}
+    if a.spread:
+        data = calibration_digits(a.samples)
+        models |= {f"{name}, spread": spread_channels(model, data) for name, model in models.items()}
 
     def tell(what: str, done: int, total: int) -> None:
         print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)

@@ -111,6 +111,32 @@ def test_forest_predicts_unseen_designs() -> None:
     assert forest.out_of_bag is not None and forest.out_of_bag > 0.5
 
 
+def test_forest_predicts_as_scikit_learn_does() -> None:
+    random = np.random.default_rng(1)
+    features, costs = random.normal(size=(60, 4)), 1 + random.random(60)
+    forest = CostForest(20)
+    forest.fit(features, costs)
+    assert np.allclose(forest.predict(features), 1 / forest._forest.predict(features), rtol=1e-12)
+
+
+def test_predictor_learns_again_when_it_was_wrong() -> None:
+    seen: list[int] = []
+
+    class Hopeful:
+        def fit(self, features: Floats, costs: Floats) -> None:
+            seen.append(len(features))
+
+        def predict(self, features: Floats) -> Floats:
+            return np.zeros(len(features))
+
+    found = evolve(CANDIDATES, accuracy, cost, 9.0, predictor=Hopeful(), population=30, parents=8, generations=12,
+                   batches=3)  # fmt: skip
+    false = [g.evaluations for g in found.history[2:] if g.false]
+    # Right after warm-up, and after every generation whose leaders proved too dear.
+    assert false and set(false) <= set(seen) and seen[0] == found.history[2].evaluations
+    assert seen == sorted(set(seen))
+
+
 def test_bad_input() -> None:
     with pytest.raises(InputError, match="accuracy_fn: got nan for layer0="):
         evolve(CANDIDATES, lambda _c, _b: float("nan"), cost, 9.0, population=4, parents=2, generations=1)

@@ -19,6 +19,8 @@ def test_quick_form_measures_every_claim() -> None:
     assert all(math.isfinite(check.measured) for check in evidence.checks)
     # What must hold at any size: the fitness falls, and scales are rougher than weights.
     assert evidence.checks[0].holds and evidence.checks[1].holds and evidence.checks[5].holds
-    assert [what for what, done, total in said if done == total] == ["training networks", "evolving scales"]
+    finished = [what for what, done, total in said if done == total]
+    assert finished[0] == "training networks 48 wide, 2 deep" and finished[-1] == "evolving scales"
+    assert any("48 x 2, W3A8" in note for note in evidence.notes)
     data = json.loads(json.dumps(evidence.to_data()))
     assert {"slug", "claim", "table", "checks", "verdict", "seconds", "seeds", "versions"} <= set(data)

@@ -18,6 +18,8 @@ __all__ = ["Candidate", "Choice", "Evolved", "Generation", "evolve", "features_o
 
 _BLOCK = 4
 """Children that are proposed at once, in multiples of those that are missing."""
+_LEAST = 32
+"""And at least so many: a prediction takes as long for one as for these."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,11 @@ def evolve(
 
     Every generation measures its parents again on the next batch (no stale luck), and adds as many children, half of
     them mutants and half crossed, that keep to `macs_limit`, `target` and `floor`. In the first `warmup` generations
-    costs are those of `cost_fn`; then `predictor`, fitted again each generation, says which children to measure, and
-    the leading designs are priced truly until one keeps to the target: those before it are thrown out. The leaders of
-    all generations are measured on all batches in the end. Memory: `population` choices, and one number for each
-    measurement. Source: Yu and Bouganis (2023), Mixed-TD.
+    costs are those of `cost_fn`; then `predictor` says which children to measure, and the leading designs are priced
+    truly until one keeps to the target: those before it are thrown out. It is fitted again after each generation in
+    which it was wrong or a fiftieth more designs were priced. The leaders of all generations are measured on all
+    batches in the end. Memory: `population` choices, and one number for each measurement. Source: Yu and Bouganis
+    (2023), Mixed-TD.
 
     Args:
         candidates: layer to what it may become.
@@ -148,7 +151,9 @@ def evolve(
         leaders[leader] = None
         kept = pool = everyone[:parents]
         history.append(Generation(judge.accuracy(leader, batch), judge.cost(leader), false, len(judge.costs)))
-        if predictor is not None and number + 1 >= warmup and len(judge.costs) > learned:
+        # A leader that proved affordable as predicted tells next to nothing: one in fifty more, or a false one, does.
+        news = len(judge.costs) - learned
+        if predictor is not None and number + 1 >= warmup and (news > learned // 50 or (false and news)):
             predictor.fit(*judge.designs())
             fitted, learned = predictor, len(judge.costs)
         if progress:
@@ -195,7 +200,7 @@ def _gather(
     refused: set[Choice] = set()
     goal, left = len(found) + wanted, patience * wanted
     while len(found) < goal and left > 0:
-        rows = propose(min(_BLOCK * (goal - len(found)), left))
+        rows = propose(min(max(_BLOCK * (goal - len(found)), _LEAST), left))
         left -= len(rows)
         for choice in affordable(rows):
             if len(found) == goal:

@@ -13,6 +13,7 @@ from layerwright.core.calibration import Calibration, evaluating, logits_of
 from layerwright.core.errors import InputError, unknown_name
 from layerwright.core.layers import structure_copy
 from layerwright.core.treatment import FactorConv, Treatments
+from layerwright.recipes.prefix_runs import PrefixRuns
 from layerwright.treat.factorize import composed_kernel, conv_kernels
 
 __all__ = ["FactorBench", "search_batches"]
@@ -25,6 +26,8 @@ TIE = 1e-3
 
 class FactorBench:
     """A classifier whose convolutions can be exchanged for what their chains amount to; the model is left untouched.
+
+    Forwards of an ``nn.Sequential`` on search batches begin at the first layer in which they differ from earlier ones.
 
     Args:
         model: the classifier.
@@ -45,6 +48,8 @@ class FactorBench:
             path: module.weight for path, module in self.model.named_modules() if isinstance(module, nn.Conv2d)
         }
         self._known: dict[tuple[tuple[tuple[str, Treatments], ...], int], float] = {}
+        plain = calibration.loss_fn is None and all(isinstance(batch, tuple) for batch in self._batches)
+        self._prefix = PrefixRuns(self.model, self._weights) if plain and PrefixRuns.suits(self.model) else None
 
     @property
     def batches(self) -> int:
@@ -72,13 +77,16 @@ class FactorBench:
         """Share of right labels in one search batch, plus `TIE` times their mean probability (then divided by 1 + `TIE`)."""
         key = (tuple(sorted((path, t) for path, t in layers.items() if t)), batch)
         if key not in self._known:
-            right, probability, rows = self._run(layers, self._batches[batch])
+            right, probability, rows = self._run(layers, self._batches[batch], batch)
             self._known[key] = (right + TIE * probability) / (rows * (1 + TIE))
         return self._known[key]
 
     def accuracy(self, layers: Mapping[str, Treatments], data: Calibration | None = None) -> float:
         """Share of right labels in `data`, by default in all search batches."""
-        found = [self._run(layers, batch) for batch in (self._batches if data is None else data)]
+        if data is None:
+            found = [self._run(layers, batch, number) for number, batch in enumerate(self._batches)]
+        else:
+            found = [self._run(layers, batch) for batch in data]
         return sum(right for right, _, _ in found) / sum(rows for _, _, rows in found)
 
     def admit(
@@ -124,10 +132,14 @@ class FactorBench:
         return kept
 
     @torch.no_grad()
-    def _run(self, layers: Mapping[str, Treatments], batch: Any) -> tuple[int, float, int]:
-        """``(right labels, sum of the right labels' probabilities, labels)``."""
-        with _kernels_of(self, layers), evaluating(self.model):
-            logits = logits_of(self.calibration.forward(self.model, batch)).float()
+    def _run(self, layers: Mapping[str, Treatments], batch: Any, number: int | None = None) -> tuple[int, float, int]:
+        """``(right labels, sum of the right labels' probabilities, labels)``; `number` is that of a search batch."""
+        with _kernels_of(self, layers) as changed, evaluating(self.model):
+            if self._prefix is None or number is None:
+                output = self.calibration.forward(self.model, batch)
+            else:
+                output = self._prefix.run(batch[0], number, changed.factors)
+            logits = logits_of(output).float()
         labels = _labels(batch)
         if logits.dim() != 2 or len(logits) != len(labels):
             raise InputError(
@@ -146,10 +158,11 @@ class _kernels_of:  # noqa: N801 - reads as a statement
         self.bench = bench
         self.factors = {p: t for p, own in layers.items() for t in own if isinstance(t, FactorConv)}
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _kernels_of:
         for path, factor in self.factors.items():
             kernel = nn.Parameter(self.bench.kernel(path, factor), requires_grad=False)
             self.bench.model.get_submodule(path)._parameters["weight"] = kernel
+        return self
 
     def __exit__(self, *_: object) -> None:
         for path in self.factors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, cast
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwright.core.calibration import Calibration, logits_of
+from layerwright.core.errors import BudgetError, InputError
 from layerwright.core.layers import list_layers, structure_copy, treatable
 from layerwright.core.treatment import Quantize, RoundActivations, RoundAttention, Treatments
 from layerwright.data.demo_data import digits
@@ -19,11 +21,14 @@ from layerwright.treat.prepare import prepare_
 
 __all__ = [
     "METHODS",
+    "Method",
+    "Setting",
     "accuracy",
     "build_vit",
     "calibration_digits",
     "compare_methods",
     "digit_batches",
+    "find_setting",
     "larger_vit",
     "output_divergence",
     "quantized",
@@ -104,9 +109,75 @@ def train_vit_(model: nn.Module, epochs: int, *, rate: float = 2e-3, batch_size:
 
 
 @cache
-def small_vit(seed: int = 0, epochs: int = 30, depth: int = 4) -> nn.Module:
-    """A ViT of width 48 and 4 heads, trained; about 20 seconds on a core. Do not change it: it is kept."""
-    return train_vit_(build_vit(depth=depth, seed=seed), epochs, seed=seed)
+def small_vit(seed: int = 0, epochs: int = 30, depth: int = 4, hidden_size: int = 48) -> nn.Module:
+    """A ViT of 4 heads, trained; about 20 seconds on a core. Do not change it: it is kept."""
+    return train_vit_(build_vit(hidden_size=hidden_size, depth=depth, seed=seed), epochs, seed=seed)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Trained networks (one per seed) and a precision at which the start of a method loses enough to win some back.
+
+    Attributes:
+        hidden_size, depth, bits: of the setting that was taken.
+        models: its networks, by seed.
+        lost: points of accuracy that the start loses, mean of the seeds, by ``(hidden size, depth, bits)`` as tried.
+        enough: the last of `lost` reaches what was asked for.
+    """
+
+    hidden_size: int
+    depth: int
+    bits: int
+    models: tuple[nn.Module, ...]
+    lost: Mapping[tuple[int, int, int], float]
+    enough: bool
+
+
+def find_setting(
+    loss: Callable[[nn.Module, int, int], float],
+    least: float,
+    shapes: Sequence[tuple[int, int]],
+    bits: Sequence[int],
+    *,
+    seeds: int,
+    epochs: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Setting:
+    """The first of the network `shapes`, and at it the first of `bits`, where a start loses `least` points or more.
+
+    The rule looks at the start alone, never at what a treatment makes of it: on a network that loses next to nothing
+    there is nothing to win back, and a claim about winning it back is not tested. The last setting if none is enough.
+
+    Args:
+        loss: points of accuracy that the start loses: ``loss(model, seed, bits)``.
+        least: points, mean of the seeds.
+        shapes: ``(hidden size, depth)`` of ViTs (`small_vit`), in the order in which they are tried.
+        bits: likewise.
+        seeds, epochs: of training.
+        progress: told after each network.
+
+    Raises:
+        InputError: nothing to try.
+    """
+    if not shapes or not bits or seeds < 1:
+        raise InputError(
+            f"{len(shapes)} shapes, {len(bits)} widths of bits and {seeds} seeds leave nothing to try: give one of each"
+        )
+    lost: dict[tuple[int, int, int], float] = {}
+    for hidden_size, depth in shapes:
+        models = []
+        for seed in range(seeds):
+            models.append(small_vit(seed, epochs, depth, hidden_size))
+            if progress:
+                progress(f"training networks {hidden_size} wide, {depth} deep", seed + 1, seeds)
+        for width in bits:
+            key = hidden_size, depth, width
+            lost[key] = sum(loss(model, seed, width) for seed, model in enumerate(models)) / seeds
+            if lost[key] >= least:
+                break
+        if lost[key] >= least:
+            break
+    return Setting(*key, tuple(models), lost, lost[key] >= least)
 
 
 @cache
@@ -243,7 +314,7 @@ def compare_methods(
 ) -> list[dict[str, Any]]:
     """One row for each model and precision n (weights and activations of n bits): accuracy by method, in percent.
 
-    ``lrp_qvit`` is the recipe of that name at the same average of bits; where there is no such recipe it is left out.
+    ``lrp_qvit`` is the recipe of that name at the same average of bits; None where that cannot be reached.
     """
     data, test = calibration_digits(samples), unseen_digits()
     rows: list[dict[str, Any]] = []
@@ -263,7 +334,9 @@ def compare_methods(
 
 
 def _by_recipe(model: nn.Module, name: str, bits: int, data: Calibration, test: Calibration) -> nn.Module | None:
-    """`model` as the recipe `name` leaves it at an average of `bits`; None where there is no such recipe."""
+    """`model` as the recipe `name` leaves it at an average of `bits`; None where there is no such recipe, or where it
+    cannot come down to so few (scales and ranges count).
+    """
     from layerwright.recipes.bench import Bench
     from layerwright.recipes.book import recipe, recipes
     from layerwright.recipes.job import decide
@@ -271,5 +344,8 @@ def _by_recipe(model: nn.Module, name: str, bits: int, data: Calibration, test: 
     if name not in {item.name for item in recipes()}:
         return None
     bench = Bench(model, None, data, test, type(model).__name__)
-    plan = decide(bench, f"bits={bits}", recipe(name)).plan
+    try:
+        plan = decide(bench, f"bits={bits}", recipe(name)).plan
+    except BudgetError:
+        return None
     return apply_plan(model, plan, data)[0]

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from layerwright.allocate.evolve_surrogate import features_of
 from layerwright.allocate.forest import CostForest
+from layerwright.allocate.tree import Floats
 from layerwright.core.calibration import Calibration
 from layerwright.core.conv_factors import ConvShape, stage_shapes
 from layerwright.core.evidence import Check, Evidence
 from layerwright.core.treatment import FactorConv
 from layerwright.recipes.factor_bench import FactorBench
-from layerwright.recipes.factor_cost import NetworkCost
 from layerwright.recipes.mixed_td import MixedTD, Settings, mixed_td
 from layerwright.score.conv_shapes import conv_shapes
 from layerwright.score.dataflow import DataflowModel, DeviceMapping
@@ -36,7 +36,13 @@ CLAIM = (
     "and one ratio for all layers, and a forest fitted to the first generations predicts that throughput."
 )
 DEVICE = {"dsp": 512, "bram": 512, "uram": 0}
+SMALL_DEVICE = {"dsp": 128, "bram": 128, "uram": 0}
+"""Of the quick form: its network, half as wide, has a quarter of the multiplications."""
 CLASSES = 8
+STRIDES = (1, 2, 1, 2, 1, 1)
+"""Of the six convolutions; maps are 8 x 8 before them."""
+TREES = 100
+"""Of the forest whose rank correlation is measured."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -44,14 +50,15 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
     """Measure the claims; see `layerwright.studies.run_study`."""
     begun = time.perf_counter()
     tell = progress or (lambda _what, _done, _total: None)
+    width, device = (16, SMALL_DEVICE) if quick else (32, DEVICE)
     table: list[dict[str, Any]] = []
     over, against_kinds, against_uniform, ranks, waste = [], [], [], [], []
     for seed in range(seeds):
-        model = shapes_network(8 if quick else 32, steps=300 if quick else 400, seed=seed)
-        images = shape_images(128 if quick else 1024, seed=1000 + seed)
+        model = shapes_network(width, seed=seed)
+        images = shape_images(1024, seed=1000 + seed)
         data = Calibration([images], name="rendered shapes")
-        heldout = Calibration([shape_images(256 if quick else 2048, seed=2000 + seed)], name="rendered shapes")
-        bench = FactorBench(model, data, 128 if quick else 256)
+        heldout = Calibration([shape_images(4096, seed=2000 + seed)], name="rendered shapes")
+        bench = FactorBench(model, data, 256)
         base = bench.accuracy({}, heldout)
         table.append({"seed": seed, "search": "as it is", "held out": base})
         for target in (0.65,) if quick else (0.65, 0.5):
@@ -67,19 +74,23 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
             accuracy, rate = {}, {}
             for name, result in found.items():
                 treated, _ = apply_plan(model, result.layers)
-                mapped = _mapped(_shapes(treated, data))
+                after = _shapes(treated, data)
+                mapped, whole = _mapped(after, device), _mapped(shapes, device)
                 accuracy[name], rate[name] = _accuracy(treated, heldout), mapped.throughput
                 if name != "MACs only":
-                    over.append(mapped.latency_ms / (target * _mapped(shapes).latency_ms))
-                table.append(_row(seed, target, name, accuracy[name], mapped, shapes, _shapes(treated, data)))
-            uniform, ratio = _uniform(shapes, tuple(found["mixed"].candidates), target)
+                    over.append(mapped.latency_ms / (target * whole.latency_ms))
+                share = sum(s.macs for s in after.values()) / sum(s.macs for s in shapes.values())
+                row = {"seed": seed, "target": target, "search": name, "held out": accuracy[name], "MACs": share}
+                row["latency"] = mapped.latency_ms / whole.latency_ms
+                table.append({**row, "throughput": mapped.throughput / whole.throughput})
+            uniform, ratio = _uniform(shapes, tuple(found["mixed"].candidates), target, device)
             accuracy["uniform SVD"] = bench.accuracy({path: (t,) for path, t in uniform.items()}, heldout)
             row = {"seed": seed, "target": target, "search": f"uniform SVD, {ratio:.2f} of the MACs"}
             table.append({**row, "held out": accuracy["uniform SVD"]})
             against_kinds.append(accuracy["mixed"] - max(accuracy["SVD only"], accuracy["CP only"]))
             against_uniform.append(accuracy["mixed"] - accuracy["uniform SVD"])
             waste.append(rate["MACs only"] / rate["mixed"])
-            ranks.append(_forest_rank(found["mixed"], shapes, seed, 50 if quick else 370))
+            ranks.append(_forest_rank(found["mixed"], shapes, device, seed))
     checks = (
         Check("largest latency of a returned design over its target", max(over), 1 + 1e-9),
         Check("accuracy of mixed less the better kind alone, worst (share)", min(against_kinds), -0.005, ">="),
@@ -89,17 +100,19 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
     )
     settings = _settings(quick)
     notes = [
-        f"a stem and six 3 x 3 convolutions, {8 if quick else 32} to {32 if quick else 128} channels, on rendered shapes "
-        f"of 16 x 16 with {CLASSES} classes, the stem at half the size",
+        f"a stem and six 3 x 3 convolutions, {width} to {4 * width} channels, on rendered shapes "
+        f"of 16 x 16 with {CLASSES} classes; maps of 8 x 8 after the stem, 4 x 4 and 2 x 2 as channels double",
+        "ratios of " + ", ".join(f"{ratio:g}" for ratio in settings.ratios) + " of a layer's multiplications; "
+        f"{TREES} trees learn the throughput of all designs priced in three generations, and rank fresh random ones",
         f"{settings.generations} generations of {settings.population}, {settings.trees} trees; device with "
-        f"{DEVICE['dsp']} DSPs, latency is the sum of the fills and the slowest layer",
+        f"{device['dsp']} DSPs, latency is the sum of the fills and the slowest layer",
         "MACs only: the multiplications of the mixed design as the limit",
         f"smallest Spearman {min(ranks):.3f}; largest throughput ratio {max(waste):.3f}",
     ]
     return Evidence("mixed-td", CLAIM, table, checks, time.perf_counter() - begun, tuple(range(seeds)), notes)
 
 
-def shape_images(samples: int, seed: int, size: int = 16, noise: float = 0.35) -> tuple[Tensor, Tensor]:
+def shape_images(samples: int, seed: int, size: int = 16, noise: float = 0.1) -> tuple[Tensor, Tensor]:
     """``(images (samples, 1, size, size), labels (samples,))``: one of eight filled shapes, turned, moved, scaled, noisy."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (samples,), generator=generator)
@@ -128,10 +141,10 @@ def shape_images(samples: int, seed: int, size: int = 16, noise: float = 0.35) -
     return images.unsqueeze(1), labels
 
 
-def shapes_network(width: int = 32, *, steps: int = 400, seed: int = 0) -> nn.Module:
+def shapes_network(width: int = 32, *, steps: int = 300, seed: int = 0) -> nn.Module:
     """A stem and six 3 x 3 convolutions with BatchNorm, `width` to four times `width` channels, trained on `shape_images`."""
-    plan = [(width, width, 1), (width, 2 * width, 1), (2 * width, 2 * width, 1)]
-    plan += [(2 * width, 4 * width, 2), (4 * width, 4 * width, 1), (4 * width, 4 * width, 1)]
+    channels = [width, width, 2 * width, 2 * width, 4 * width, 4 * width, 4 * width]
+    plan = list(zip(channels[:-1], channels[1:], STRIDES, strict=True))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = [nn.Conv2d(1, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
@@ -152,14 +165,14 @@ def shapes_network(width: int = 32, *, steps: int = 400, seed: int = 0) -> nn.Mo
 
 def _settings(quick: bool, methods: Sequence[str] = ("svd", "cp")) -> Settings:
     return Settings(
-        device=DEVICE,
+        device=SMALL_DEVICE if quick else DEVICE,
         methods=methods,
         ratios=(0.7, 0.5, 0.3) if quick else (0.7, 0.6, 0.5, 0.4, 0.3),
         tolerance=0.05,
-        batch_size=128 if quick else 256,
-        population=12 if quick else 16,
-        parents=4 if quick else 6,
-        generations=4 if quick else 10,
+        batch_size=256,
+        population=30,
+        parents=8,
+        generations=8 if quick else 20,
         trees=30,
         margin=-0.05,
     )
@@ -170,8 +183,8 @@ def _shapes(model: nn.Module, data: Calibration) -> dict[str, ConvShape]:
     return conv_shapes(model, lambda: model(batch[0][:1]))
 
 
-def _mapped(shapes: Mapping[str, ConvShape]) -> DeviceMapping:
-    return DataflowModel(**DEVICE).map(list(shapes.values()))
+def _mapped(shapes: Mapping[str, ConvShape], device: Mapping[str, int]) -> DeviceMapping:
+    return DataflowModel(**device).map(list(shapes.values()))
 
 
 @torch.no_grad()
@@ -180,32 +193,11 @@ def _accuracy(model: nn.Module, data: Calibration) -> float:
     return float((model(images).argmax(-1) == labels).double().mean())
 
 
-def _row(
-    seed: int,
-    target: float,
-    name: str,
-    accuracy: float,
-    mapped: DeviceMapping,
-    before: Mapping[str, ConvShape],
-    after: Mapping[str, ConvShape],
-) -> dict[str, Any]:
-    base = _mapped(before)
-    return {
-        "seed": seed,
-        "target": target,
-        "search": name,
-        "held out": accuracy,
-        "latency": mapped.latency_ms / base.latency_ms,
-        "throughput": mapped.throughput / base.throughput,
-        "MACs": sum(s.macs for s in after.values()) / sum(s.macs for s in before.values()),
-    }
-
-
 def _uniform(
-    shapes: Mapping[str, ConvShape], paths: Sequence[str], target: float
+    shapes: Mapping[str, ConvShape], paths: Sequence[str], target: float, device: Mapping[str, int]
 ) -> tuple[dict[str, FactorConv], float]:
     """The largest ratio of multiplications that meets the target when all layers get it by a plain channel SVD."""
-    bound = target * _mapped(shapes).latency_ms
+    bound = target * _mapped(shapes, device).latency_ms
     for ratio in np.arange(1.0, 0.04, -0.01):
         factors = {}
         for path in paths:
@@ -218,32 +210,50 @@ def _uniform(
             for path, shape in shapes.items()
             for stage in (stage_shapes(factors[path], shape) if path in factors else (shape,))
         ]
-        if DataflowModel(**DEVICE).map(stages).latency_ms <= bound:
+        if DataflowModel(**device).map(stages).latency_ms <= bound:
             break
     return factors, float(ratio)
 
 
-def _forest_rank(found: MixedTD, shapes: Mapping[str, ConvShape], seed: int, trees: int, fresh: int = 100) -> float:
-    """Spearman's rank correlation of predicted and true latency on fresh designs, fitted on three generations."""
+def _forest_rank(
+    found: MixedTD, shapes: Mapping[str, ConvShape], device: Mapping[str, int], seed: int, fresh: int = 200
+) -> float:
+    """Spearman's rank correlation of predicted and true throughput on fresh random designs.
+
+    The forest learns the throughput of all designs that the search priced truly in its first three generations.
+    """
     from scipy.stats import spearmanr
 
-    features, costs = found.search.designs
     count = found.search.history[min(2, len(found.search.history) - 1)].evaluations
-    forest = CostForest(trees, seed=seed)
-    forest.fit(features[:count], costs[:count])
+    seen = _choices_of(found, found.search.designs[0][:count])
     random = np.random.default_rng(seed)
-    choices = [tuple(int(random.integers(len(own))) for own in found.candidates.values()) for _ in range(fresh)]
-    whole = {path: (shape,) for path, shape in shapes.items()}
-    pricing = NetworkCost(whole, lambda now: _rate([stage for stages in now.values() for stage in stages]))
-    true = []
-    for choice in choices:
-        stages = {path: own[i].stages for (path, own), i in zip(found.candidates.items(), choice, strict=True)}
-        true.append(pricing.amounts(stages)["ms"])
+    drawn = np.stack([random.integers(len(own), size=fresh) for own in found.candidates.values()], 1)
+    choices = [tuple(row) for row in drawn.tolist() if tuple(row) not in set(seen)]
     rest = [shape for path, shape in shapes.items() if path not in found.candidates]
     fixed = (float(sum(s.macs for s in rest)), float(sum(s.params for s in rest)))
-    guessed = forest.predict(features_of(found.candidates, choices, fixed))
-    return float(spearmanr(1 / guessed, true).statistic)
+    forest = CostForest(TREES, seed=seed)
+    forest.fit(features_of(found.candidates, seen, fixed), 1 / np.array(_rates(found, shapes, device, seen)))
+    guessed = 1 / forest.predict(features_of(found.candidates, choices, fixed))
+    return float(spearmanr(guessed, _rates(found, shapes, device, choices)).statistic)
 
 
-def _rate(stages: Sequence[ConvShape]) -> float:
-    return DataflowModel(**DEVICE).map(stages).throughput
+def _choices_of(found: MixedTD, features: Floats) -> list[tuple[int, ...]]:
+    """The choices that have these features: a candidate's code tells it from the others of its layer."""
+    places: list[dict[tuple[float, ...], int]] = [
+        {option.code: i for i, option in enumerate(own)} for own in found.candidates.values()
+    ]
+    codes = features[:, : 4 * len(places)].reshape(len(features), len(places), 4).tolist()
+    return [tuple(place[tuple(code)] for place, code in zip(places, row, strict=True)) for row in codes]
+
+
+def _rates(
+    found: MixedTD, shapes: Mapping[str, ConvShape], device: Mapping[str, int], choices: Sequence[Sequence[int]]
+) -> list[float]:
+    """True throughput of every choice."""
+    whole = {path: (shape,) for path, shape in shapes.items()}
+    rates = []
+    for choice in choices:
+        stages = {path: own[i].stages for (path, own), i in zip(found.candidates.items(), choice, strict=True)}
+        every = [stage for own in {**whole, **stages}.values() for stage in own]
+        rates.append(DataflowModel(**device).map(every).throughput)
+    return rates
