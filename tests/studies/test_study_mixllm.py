@@ -13,6 +13,8 @@ def test_quick_form_measures_every_claim() -> None:
     assert data["slug"] == "mixllm" and data["seeds"] == [0] and len(data["checks"]) == 7
     assert all(math.isfinite(check["measured"]) for check in data["checks"])
     rows = {row["rows"]: row for row in data["table"]}
+    interval = rows["loss, global minus weight, int2 rtn: 95 % interval over windows"]
+    assert interval["least"] < interval["most"] < 0
     assert rows["original"]["perplexity"] < rows["global int2 rtn"]["perplexity"] < rows["all int2"]["perplexity"]
     spearman = next(check for check in evidence.checks if check.name.startswith("Spearman"))
     assert spearman.holds and evidence.checks[0].holds

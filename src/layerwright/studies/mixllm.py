@@ -1,10 +1,11 @@
 """MixLLM (Zheng et al., 2024, arXiv 2412.14590): more bits for the output rows, over all layers, that the loss needs.
 
-3-bit rows with a tenth at 8 bits, and 4-bit rows likewise, in a small byte language model with int8 activations.
+3-bit rows with a tenth at 8 bits, and 4-bit rows likewise, in the demo language model with int8 activations.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,16 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from layerwright.allocate.global_rows import RowPlan, global_rows
 from layerwright.core.calibration import Calibration
 from layerwright.core.evidence import Check, Evidence
 from layerwright.core.layer import LayerRef, read_matrix
 from layerwright.core.layers import structure_copy, treatable
+from layerwright.recipes.measure import sample_losses
 from layerwright.recipes.mixllm import mixed_layers
 from layerwright.score.output_rows import output_row_loss, round_rows, weight_row_error
-from layerwright.studies._byte_lm import byte_data, perplexity, train_byte_lm
+from layerwright.studies._byte_lm import byte_data, paired_interval
 from layerwright.studies._fixtures import demo_language_model
 from layerwright.treat.apply import apply_plan
 
@@ -33,7 +34,8 @@ CLAIM = (
 )
 GROUP = 32
 SHARE = 0.1
-STEPS = 900
+DRAWS = 2
+"""Random choices of rows for each seed."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -41,103 +43,100 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
     """Measure the claims; see `layerwright.studies.run_study`."""
     begun = time.perf_counter()
     tell = progress or (lambda _what, _done, _total: None)
-    if quick:
-        model, _ = demo_language_model()
-    else:
-        model = train_byte_lm(STEPS, progress=lambda a, b: tell("training", a, b))
+    model, _ = demo_language_model()
     refs = [ref for ref in treatable(model) if ref.layout == "linear" and ref.block is not None]
-    heldout = byte_data("heldout", 8 if quick else 96, 96 if quick else 128, seed=101)
-    base = perplexity(model, heldout)
-    widths = (2,) if quick else (3, 4)
+    length = 96 if quick else 128
+    heldout = byte_data("heldout", 8 if quick else 64, length, seed=101)
+    original = sample_losses(model, heldout)[0]
+    base = math.exp(float(original.mean()))
+    low, *others = (2,) if quick else (3, 4)
     table: list[dict[str, Any]] = [{"rows": "original", "perplexity": base}]
-    uniform = {low: _increase(model, refs, {}, low, "rtn", heldout, base) for low in widths}
-    table += [{"rows": f"all int{low}", "perplexity": base + found} for low, found in uniform.items()]
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Tensor]] = {}
+
+    def measure(key: str, rows: RowPlan, bits: int, seed: int | None, data: Calibration | None = None) -> None:
+        losses = _losses(model, refs, rows, bits, "gptq" if data else "rtn", heldout, data)
+        found.setdefault(key, []).append(losses)
+        where = {} if seed is None else {"seed": seed}
+        table.append({"rows": key, **where, "perplexity": math.exp(float(losses.mean()))})
+        tell(key, 1 if seed is None else seed + 1, 1 if seed is None else seeds)
+
+    for bits in (low, *others):
+        measure(f"all int{bits}", {}, bits, None)
+    shares = {8: SHARE, low: 1 - SHARE}
+    measure(
+        f"weight int{low} rtn", global_rows(weight_row_error(model, refs, round_rows(low, GROUP)), shares), low, None
+    )
     ranks: list[float] = []
-    plain: list[float] = []
     for seed in range(seeds):
-        data = byte_data("calibration", 12 if quick else 48, 96 if quick else 128, seed=seed)
-        for low in widths:
-            plans = _plans(model, refs, data, low, seed)
-            for name, rows in plans.items():
-                for method in ("rtn", "gptq") if name == "global" else ("rtn",):
-                    key = f"{name} int{low} {method}"
-                    more = _increase(model, refs, rows, low, method, heldout, base, data)
-                    found.setdefault(key, []).append(more)
-                    table.append({"rows": key, "seed": seed, "perplexity": base + more})
-                    tell(key, seed + 1, seeds)
-        a, b = _rank_correlation(model, refs, data.head(8 if quick else 24), 12 if quick else 100, seed)
-        ranks.append(a)
-        plain.append(b)
-        table.append(
-            {"rows": "Spearman of score and loss change of one row", "seed": seed, "each sample": a, "mean": b}
-        )
-    mean = {key: statistics.fmean(values) for key, values in found.items()}
-    low = widths[0]
-    best, layered = found[f"global int{low} rtn"], found[f"layer int{low} rtn"]
-    wins = sum(a < b for a, b in zip(best, layered, strict=True)) / len(best)
-    gain = uniform[low] - mean[f"global int{low} rtn"]
-    chance = uniform[low] - mean[f"random int{low} rtn"]
+        data = byte_data("calibration", 12 if quick else 48, length, seed=seed)
+        scores = output_row_loss(model, data, refs, round_rows(low, GROUP)).losses
+        chosen = global_rows(scores, shares)
+        measure(f"global int{low} rtn", chosen, low, seed)
+        measure(f"global int{low} gptq", chosen, low, seed, data)
+        measure(f"layer int{low} rtn", global_rows(scores, shares, scope="layer"), low, seed)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(1 if quick else DRAWS):
+            random = {path: torch.rand(len(score), generator=generator) for path, score in scores.items()}
+            measure(f"random int{low} rtn", global_rows(random, shares), low, seed)
+        for bits in others:
+            wider = output_row_loss(model, data, refs, round_rows(bits, GROUP)).losses
+            measure(f"global int{bits} rtn", global_rows(wider, {8: SHARE, bits: 1 - SHARE}), bits, seed)
+        rank, plain = _rank_correlation(model, refs, data.head(8), 12 if quick else 100, seed)
+        ranks.append(rank)
+        words = "Spearman of score and loss change of one row"
+        table.append({"rows": words, "seed": seed, "each sample": rank, "mean": plain})
+        tell(words, seed + 1, seeds)
+    mean = {key: statistics.fmean(math.exp(float(a.mean())) - base for a in own) for key, own in found.items()}
+    for other in ("layer", "weight", "random"):
+        a, b = (torch.stack(found[f"{name} int{low} rtn"]).mean(0) for name in ("global", other))
+        least, most = paired_interval(a, b)
+        words = f"loss, global minus {other}, int{low} rtn: 95 % interval over windows"
+        table.append({"rows": words, "least": least, "most": most})
+    pairs = zip(found[f"global int{low} rtn"], found[f"layer int{low} rtn"], strict=True)
+    wins = sum(float(a.mean()) < float(b.mean()) for a, b in pairs) / seeds
+    best, uniform = mean[f"global int{low} rtn"], mean[f"all int{low}"]
     name = f"perplexity increase, int{low}/int8"
     checks = [
-        Check(f"{name}: global tenth against 0.8 x uniform", mean[f"global int{low} rtn"], 0.8 * uniform[low]),
-        Check(
-            f"{name}: global against layer by layer x 1.02", statistics.fmean(best), 1.02 * statistics.fmean(layered)
-        ),
+        Check(f"{name}: global tenth against 0.8 x uniform", best, 0.8 * uniform),
+        Check(f"{name}: global against layer by layer x 1.02", best, 1.02 * mean[f"layer int{low} rtn"]),
         Check(f"{name}: share of seeds where global is below layer by layer", wins, 2 / 3, ">="),
+        Check(f"{name}: by loss against by weight error x 0.97", best, 0.97 * mean[f"weight int{low} rtn"]),
         Check(
-            f"{name}: by loss against by weight error x 0.97",
-            statistics.fmean(best),
-            0.97 * mean[f"weight int{low} rtn"],
+            f"{name}: gain of random rows against half of that of the chosen",
+            uniform - mean[f"random int{low} rtn"],
+            0.5 * (uniform - best),
         ),
-        Check(f"{name}: gain of random rows against half of that of the chosen", chance, 0.5 * gain),
-        Check(f"{name}: GPTQ with clipping against rounding", mean[f"global int{low} gptq"], statistics.fmean(best)),
+        Check(f"{name}: GPTQ with clipping against rounding", mean[f"global int{low} gptq"], best),
         Check("Spearman of score and loss change of single rows", statistics.fmean(ranks), 0.5, ">="),
     ]
-    if 4 in widths:
-        text = "perplexity increase, int4/int8: global tenth against 0.8 x uniform"
-        checks.insert(1, Check(text, mean["global int4 rtn"], 0.8 * uniform[4]))
+    for bits in others:
+        text = f"perplexity increase, int{bits}/int8: global tenth against 0.8 x uniform"
+        checks.insert(1, Check(text, mean[f"global int{bits} rtn"], 0.8 * mean[f"all int{bits}"]))
     notes = [
-        f"{'demo:lm, 8 blocks' if quick else f'a byte model of 4 blocks trained for {STEPS} steps'}; groups of {GROUP}, "
-        f"{'2-bit rows, since demo:lm hardly loses at 3; ' if quick else ''}8-bit activations for each token and group throughout; the rows are chosen on calibration text, perplexity is "
-        "of held-out text",
+        f"demo:lm, 8 blocks; groups of {GROUP}, {'2-bit rows to show an effect on little text, ' if quick else ''}8-bit "
+        "activations for each token and group throughout; the rows are chosen on calibration text, perplexity is of "
+        f"{heldout.samples} held-out windows of {length} bytes; choosing by weight error needs no text and has one result",
+        f"{1 if quick else DRAWS} random choices for each seed, averaged",
         "the loss change of one row is the sum over samples of its size, which is what the score adds up; `mean` in the "
         "table is the size of the mean change",
     ]
     return Evidence("mixllm", CLAIM, table, checks, time.perf_counter() - begun, tuple(range(seeds)), notes)
 
 
-def _plans(model: nn.Module, refs: Sequence[LayerRef], data: Calibration, low: int, seed: int) -> dict[str, RowPlan]:
-    """The rows that each criterion gives 8 bits."""
-    rounding = round_rows(low, GROUP)
-    losses = output_row_loss(model, data, refs, rounding).losses
-    errors = weight_row_error(model, refs, rounding)
-    generator = torch.Generator().manual_seed(seed)
-    random = {path: torch.rand(len(loss), generator=generator) for path, loss in losses.items()}
-    shares = {8: SHARE, low: 1 - SHARE}
-    return {
-        "global": global_rows(losses, shares),
-        "layer": global_rows(losses, shares, scope="layer"),
-        "weight": global_rows(errors, shares),
-        "random": global_rows(random, shares),
-    }
-
-
-def _increase(
+def _losses(
     model: nn.Module,
     refs: Sequence[LayerRef],
     rows: RowPlan,
     low: int,
     method: str,
     heldout: Calibration,
-    base: float,
-    data: Calibration | None = None,
-) -> float:
-    """How much perplexity rises with these rows at 8 bits and the others at `low`."""
+    data: Calibration | None,
+) -> Tensor:
+    """Loss of each held-out window with these rows at 8 bits and the others at `low`."""
     everything = {ref.path: {low: torch.arange(ref.shape[0])} for ref in refs}
     plan = mixed_layers({**everything, **rows}, group_size=GROUP, method=method)
     small, _ = apply_plan(model, plan, data)
-    return perplexity(small, heldout) - base
+    return sample_losses(small, heldout)[0]
 
 
 def _rank_correlation(
@@ -149,7 +148,7 @@ def _rank_correlation(
     generator = torch.Generator().manual_seed(seed)
     places = [(ref, row) for ref in refs for row in range(ref.shape[0])]
     chosen = [places[i] for i in torch.randperm(len(places), generator=generator)[:count].tolist()]
-    before = _sample_losses(model, data)
+    before = sample_losses(model, data)[0]
     scores, changes, means = [], [], []
     for ref, row in chosen:
         weight = read_matrix(model, ref)[0]
@@ -158,22 +157,11 @@ def _rank_correlation(
         copy = structure_copy(model)
         owner: Any = copy.get_submodule(ref.path)
         owner.weight = nn.Parameter(changed, requires_grad=False)
-        change = _sample_losses(copy, data) - before
+        change = sample_losses(copy, data)[0] - before
         scores.append(float(losses[ref.path][row]))
         changes.append(float(change.abs().sum()))
         means.append(float(change.mean().abs()))
     return _spearman(scores, changes), _spearman(scores, means)
-
-
-@torch.no_grad()
-def _sample_losses(model: nn.Module, data: Calibration) -> Tensor:
-    """Mean next-byte loss of every sample, float64."""
-    found = []
-    for batch in data:
-        ids = batch["input_ids"]
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].double()
-        found.append(F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1))
-    return torch.cat(found)
 
 
 def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
