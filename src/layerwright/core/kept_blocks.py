@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ class KeptBlocks:
         calibration: re-iterable in a fixed order.
         units: paths of the blocks, none inside another; without any, every call is a whole forward.
         batches: the batches to run; by default those of `calibration`.
+        predict: what is returned for a batch; by default the logits ``(rows, classes)`` in float32.
     """
 
     def __init__(
@@ -34,15 +35,17 @@ class KeptBlocks:
         calibration: Calibration,
         units: Sequence[str] = (),
         batches: Sequence[Any] | None = None,
+        predict: Callable[[Any], Tensor] | None = None,
     ) -> None:
         self.model, self.calibration, self.units = model, calibration, tuple(units)
         self.batches = list(calibration) if batches is None else list(batches)
+        self._predict = predict or self._logits
         self._kept: list[dict[str, Any]] = [{} for _ in self.batches]
         self.forwards = 0.0
 
     @torch.no_grad()
     def keep(self, changed: str = "") -> list[Tensor]:
-        """Logits ``(rows, classes)`` of each batch, and every block's output kept anew.
+        """Predictions on each batch, and every block's output kept anew.
 
         With `changed`, a path, the blocks before it are taken as they were kept.
         """
@@ -60,7 +63,7 @@ class KeptBlocks:
 
     @torch.no_grad()
     def logits(self, changed: str = "") -> list[Tensor]:
-        """Logits of each batch where at most the block that holds `changed`, and later ones, differ from what is kept."""
+        """Predictions on each batch where at most the block that holds `changed`, and later ones, differ from what is kept."""
         found = []
         with evaluating(self.model):
             for number, batch in enumerate(self.batches):
@@ -74,7 +77,7 @@ class KeptBlocks:
         order = list(self._kept[0]) if self._kept else []
         return next((i for i, unit in enumerate(order) if path == unit or path.startswith(unit + ".")), -1)
 
-    def _predict(self, batch: Any) -> Tensor:
+    def _logits(self, batch: Any) -> Tensor:
         logits = logits_of(self.calibration.forward(self.model, batch)).float()
         return logits.flatten(0, -2)
 

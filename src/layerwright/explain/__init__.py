@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from layerwright.explain.relevance import (
+from layerwright.explain.scale_landscape import Landscape, roughness, scale_landscape
+from layerwright.score.relevance import (
     Relevance,
     lrp,
     lrp_add,
@@ -20,7 +21,6 @@ from layerwright.explain.relevance import (
     lrp_pixels,
     lrp_proportional,
 )
-from layerwright.explain.scale_landscape import Landscape, roughness, scale_landscape
 
 __all__ = [
     "Landscape",

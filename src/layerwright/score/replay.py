@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwright.core.calibration import Calibration, evaluating, logits_of
+from layerwright.core.kept_blocks import KeptBlocks
 from layerwright.core.layer import LayerRef, from_matrices, get_parameter
 from layerwright.core.products import fast_products
 from layerwright.score.gradients import loss_terms
@@ -70,8 +71,8 @@ def thin_batch(batch: Any, terms: int) -> Any:
 class Replay:
     """Predictions of a model on one batch, and how far a treated weight moves them.
 
-    Every block's output is kept from one run of the untouched model; with a weight of a block changed, the blocks that
-    ran before it hand their kept outputs on. Half of a forward on average. Memory: the outputs of all blocks and the
+    With a weight of a block changed, the blocks that ran before it hand on what was kept of the untouched model
+    (`KeptBlocks`). Half of a forward on average. Memory: the outputs of all blocks and the
     predictions on this batch.
 
     Args:
@@ -82,60 +83,22 @@ class Replay:
     """
 
     def __init__(self, model: nn.Module, calibration: Calibration, batch: Any, units: Sequence[str]) -> None:
-        self.model, self.calibration, self.batch = model, calibration, batch
+        self.model, self.calibration = model, calibration
         self.by_loss = not _classifies(calibration, batch)
-        self._outputs: dict[str, Any] = {}
-        self._record(units)
+        self._blocks = KeptBlocks(model, calibration, units, [batch], self._predict)
+        (self._before,) = self._blocks.keep()
 
     @torch.no_grad()
     def damage(self, ref: LayerRef, matrices: Tensor) -> float:
         """Divergence with the weight of `ref` replaced by `matrices` ``(count, out, in)``; without class labels the
         rise of the loss, which may be negative.
         """
-        with evaluating(self.model), with_weight(self.model, ref, matrices), self._skipping(ref.path):
-            after = self._predict()
+        with with_weight(self.model, ref, matrices):
+            (after,) = self._blocks.logits(ref.path)
         return float(after - self._before) if self.by_loss else divergence(self._before, after)
 
-    def _record(self, units: Sequence[str]) -> None:
-        """Run once and keep each unit's output."""
-        seen: list[tuple[str, Any]] = []
-
-        def hook(path: str) -> Callable[[nn.Module, Any, Any], None]:
-            return lambda _module, _args, output: seen.append((path, output))
-
-        handles = [self.model.get_submodule(path).register_forward_hook(hook(path)) for path in units]
-        try:
-            with torch.no_grad(), evaluating(self.model):
-                self._before = self._predict()
-        finally:
-            for handle in handles:
-                handle.remove()
-        outputs = dict(seen)
-        # Units that run twice, or whose output is written to later, cannot be replayed: then everything runs.
-        written = any(t._version for output in outputs.values() for t in _tensors(output) if not t.is_inference())
-        if len(outputs) == len(seen) and not written:
-            self._outputs = outputs
-
-    @contextmanager
-    def _skipping(self, path: str) -> Iterator[None]:
-        """Context: the units that ran before the one that holds `path` return what they returned."""
-        order = list(self._outputs)
-        here = next((i for i, unit in enumerate(order) if path == unit or path.startswith(unit + ".")), 0)
-        patched: list[tuple[nn.Module, Any]] = []
-        try:
-            for unit in order[:here]:
-                module = self.model.get_submodule(unit)
-                patched.append((module, module.__dict__.get("forward")))
-                module.forward = _returning(self._outputs[unit])  # type: ignore[method-assign]
-            yield
-        finally:
-            for module, forward in patched:
-                module.__dict__.pop("forward", None)
-                if forward is not None:
-                    module.forward = forward  # type: ignore[method-assign]
-
-    def _predict(self) -> Tensor:
-        return _predictions(self.model, self.calibration, self.batch, by_loss=self.by_loss)
+    def _predict(self, batch: Any) -> Tensor:
+        return _predictions(self.model, self.calibration, batch, by_loss=self.by_loss)
 
 
 def _predictions(model: nn.Module, calibration: Calibration, batch: Any, *, by_loss: bool) -> Tensor:
@@ -166,10 +129,6 @@ def model_damage(before: nn.Module, after: nn.Module, calibration: Calibration) 
     return total / terms
 
 
-def _returning(output: Any) -> Callable[..., Any]:
-    return lambda *_args, **_kwargs: output
-
-
 def _labels(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return batch.get("labels")
@@ -181,10 +140,3 @@ def _classifies(calibration: Calibration, batch: Any) -> bool:
     labels = _labels(batch)
     whole = isinstance(labels, Tensor) and not labels.is_floating_point()
     return calibration.loss_fn is None and whole
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
-    return [tensor for item in items for tensor in _tensors(item)]
