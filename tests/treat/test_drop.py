@@ -17,7 +17,8 @@ from layerwright.core.blocks import Blocks, find_blocks
 from layerwright.core.errors import InputError
 from layerwright.core.fingerprint import fingerprint_model
 from layerwright.core.layers import list_layers, parameter_bytes
-from layerwright.treat.drop import BlockMap, drop_blocks, skip_blocks
+from layerwright.treat.arrange import BlockMap
+from layerwright.treat.drop import drop_blocks, skip_blocks
 from zoo import EXPECTED, ZOO, causal, logits, on_meta
 
 REFUSED = {"encoder.block.0", "decoder.block.0", "resnet.encoder.stages.1.layers.0"}
@@ -304,9 +305,9 @@ def test_scale_by_layer_index_is_told() -> None:
 
     sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 16}
     model = GPT2LMHeadModel(GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=True)).eval()
-    with pytest.warns(UserWarning, match="drop the same blocks"):
+    with pytest.warns(UserWarning, match="change its blocks in the same way"):
         smaller, block_map = drop_blocks(model, ["transformer.h.1"])
-    assert any("transformer.h.2.attn.scal" in note for note in block_map.notes)
+    assert any("transformer.h.1.attn.scal" in note for note in block_map.notes)
     tokens = torch.arange(8)[None]
     with skip_blocks(model, ["transformer.h.1"]), torch.no_grad():
         expected = model(tokens).logits

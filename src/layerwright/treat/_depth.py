@@ -27,35 +27,48 @@ _FLAGS = ("no_rope_layers",)
 
 
 @dataclass(frozen=True)
-class Shrunk:
-    """A stack that lost blocks: its blocks before, and the indices of those that stay."""
+class Arranged:
+    """A stack in a new order: its blocks before, and the old index of each block after.
+
+    An index that is not in `order` is a dropped block; one that is there again is a copy.
+    """
 
     stack: Blocks
-    keep: tuple[int, ...]
+    order: tuple[int, ...]
 
     @property
     def before(self) -> int:
         """Number of blocks before."""
         return len(self.stack)
 
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Old indices that are gone."""
+        return tuple(index for index in range(self.before) if index not in self.order)
 
-def shrink_configs(model: nn.Module, shrunk: Shrunk, *, stage: int, every_list: bool) -> None:
+    @property
+    def copied(self) -> tuple[int, ...]:
+        """Old indices of the blocks that stand in several places."""
+        return tuple(index for index in range(self.before) if self.order.count(index) > 1)
+
+
+def arrange_configs(model: nn.Module, item: Arranged, *, stage: int, every_list: bool) -> None:
     """Write the new depth into every configuration of `model` that states the old one.
 
     Args:
         model: its configurations are changed in place.
-        shrunk: what was dropped.
+        item: the stack.
         stage: index of the stack among its stages.
         every_list: slice every list of the stack's length, not only those whose name speaks of layers.
     """
-    owner = _owner(model, shrunk.stack.path)
+    owner = _owner(model, item.stack.path)
     tree = list(_tree(getattr(model, "config", None)))
     configs = [owner] if owner is not None else []
     detached = owner is not None and all(owner is not config for config in tree)
     if detached or owner is None:  # a copy of the model's own configuration: both must agree
         configs += [config for config in tree if owner is None or type(config) is type(owner)]
     for config in configs:
-        _shrink(config, shrunk, stage, every_list, alone=detached and config is owner)
+        _arrange(config, item, stage, every_list, alone=detached and config is owner)
 
 
 def _tree(config: Any) -> Iterator[Any]:
@@ -78,32 +91,32 @@ def _owner(model: nn.Module, path: str) -> Any:
     return model.__dict__.get("config")
 
 
-def _shrink(config: Any, shrunk: Shrunk, stage: int, every_list: bool, alone: bool) -> None:
-    if shrunk.stack.role == "stage":
-        _shrink_stage(config, shrunk, stage)
+def _arrange(config: Any, item: Arranged, stage: int, every_list: bool, alone: bool) -> None:
+    if item.stack.role == "stage":
+        _arrange_stage(config, item, stage)
         return
-    _count(config, shrunk)
-    _shrink_outputs(config, shrunk)
-    named = _stating(config, _SIDES.get(shrunk.stack.role, ()), shrunk.before)
+    _count(config, item)
+    _arrange_outputs(config, item)
+    named = _stating(config, _SIDES.get(item.stack.role, ()), item.before)
     if alone or not named:
-        named += _stating(config, _DEPTH, shrunk.before)
-    for name in named or _guess(config, shrunk):
-        _set(config, name, len(shrunk.keep))
+        named += _stating(config, _DEPTH, item.before)
+    for name in named or _guess(config, item):
+        _set(config, name, len(item.order))
     for name, value in list(vars(config).items()):
         if isinstance(value, (list, tuple)) and not name.startswith("_") and name != "architectures":
-            _set(config, name, _shrink_list(name, value, shrunk, every_list))
+            _set(config, name, _arrange_list(name, value, item, every_list))
         elif isinstance(value, dict) and "layer" in name and value and all(type(key) is int for key in value):
-            _set(config, name, _shrink_dict(value, shrunk))
+            _set(config, name, _arrange_dict(value, item))
     overrides = getattr(vars(config).get("_heterogeneity_spec"), "per_layer_overrides", None)
     if overrides:  # how transformers stores settings that differ from layer to layer
-        config.per_layer_config = _shrink_dict(overrides, shrunk)
+        config.per_layer_config = _arrange_dict(overrides, item)
 
 
-def _shrink_stage(config: Any, shrunk: Shrunk, stage: int) -> None:
+def _arrange_stage(config: Any, item: Arranged, stage: int) -> None:
     for name in _STAGES:
         value = getattr(config, name, None)
-        if isinstance(value, (list, tuple)) and len(value) > stage and value[stage] == shrunk.before:
-            _set(config, name, _like(value, [*value[:stage], len(shrunk.keep), *value[stage + 1 :]]))
+        if isinstance(value, (list, tuple)) and len(value) > stage and value[stage] == item.before:
+            _set(config, name, _like(value, [*value[:stage], len(item.order), *value[stage + 1 :]]))
             return
 
 
@@ -113,42 +126,42 @@ def _stating(config: Any, names: Sequence[str], number: int) -> list[str]:
     return [name for name in settable if type(_read(config, name)) is int and _read(config, name) == number]
 
 
-def _guess(config: Any, shrunk: Shrunk) -> list[str]:
+def _guess(config: Any, item: Arranged) -> list[str]:
     """A number equal to the old depth that is called like the list, or the only one whose name speaks of layers."""
-    names = _stating(config, list(vars(config)), shrunk.before)
-    alike = [name for name in names if name == shrunk.stack.path.rpartition(".")[2]]
+    names = _stating(config, list(vars(config)), item.before)
+    alike = [name for name in names if name == item.stack.path.rpartition(".")[2]]
     speaking = [name for name in names if re.search(r"layers?$|blocks?$|depth|self_attends", name)]
     return alike or (speaking if len(speaking) == 1 else [])
 
 
-def _shrink_outputs(config: Any, shrunk: Shrunk) -> None:
+def _arrange_outputs(config: Any, item: Arranged) -> None:
     """The blocks whose outputs a backbone returns: index 0 is the stem, index i the output of block i - 1."""
     names, indices = getattr(config, "stage_names", None), vars(config).get("_out_indices")
-    if not isinstance(names, list) or len(names) != shrunk.before + 1 or not indices:
+    if not isinstance(names, list) or len(names) != item.before + 1 or not indices:
         return
-    kept = [sum(index < i % len(names) for index in shrunk.keep) for i in indices]
-    _set(config, "stage_names", names[: len(shrunk.keep) + 1])
+    kept = [sum(index < i % len(names) for index in item.order) for i in indices]
+    _set(config, "stage_names", names[: len(item.order) + 1])
     _set(config, "_out_indices", list(dict.fromkeys(kept)))
     _set(config, "_out_features", [names[i] for i in dict.fromkeys(kept)])
 
 
-def _count(config: Any, shrunk: Shrunk) -> None:
+def _count(config: Any, item: Arranged) -> None:
     """Counts of the first or the last blocks that differ from the others."""
     for name in (*_FIRST, *_LAST):
         number = _read(config, name)
         if type(number) is int and number > 0:
-            counted = range(number) if name in _FIRST else range(shrunk.before - number, shrunk.before)
-            _set(config, name, sum(index in counted for index in shrunk.keep))
+            counted = range(number) if name in _FIRST else range(item.before - number, item.before)
+            _set(config, name, sum(index in counted for index in item.order))
 
 
-def _shrink_list(name: str, value: Sequence[Any], shrunk: Shrunk, every_list: bool) -> Sequence[Any]:
+def _arrange_list(name: str, value: Sequence[Any], item: Arranged, every_list: bool) -> Sequence[Any]:
     whole = all(type(v) is int for v in value)
-    indices = whole and len(set(value)) == len(value) and all(0 <= v < shrunk.before for v in value)
-    full = len(value) == shrunk.before
+    indices = whole and len(set(value)) == len(value) and all(0 <= v < item.before for v in value)
+    full = len(value) == item.before
     if _INDICES.search(name) and indices and name not in _FLAGS and (not full or sorted(value) == [*range(len(value))]):
-        return _like(value, [shrunk.keep.index(v) for v in value if v in shrunk.keep])
+        return _like(value, [new for new, old in enumerate(item.order) if old in value])
     if full and (every_list or _PER_LAYER.search(name)):
-        return _like(value, [value[index] for index in shrunk.keep])
+        return _like(value, [value[index] for index in item.order])
     return value
 
 
@@ -156,8 +169,8 @@ def _like(value: Sequence[Any], items: list[Any]) -> Sequence[Any]:
     return tuple(items) if isinstance(value, tuple) else items
 
 
-def _shrink_dict(value: Mapping[int, Any], shrunk: Shrunk) -> dict[int, Any]:
-    return {new: value[old] for new, old in enumerate(shrunk.keep) if old in value}
+def _arrange_dict(value: Mapping[int, Any], item: Arranged) -> dict[int, Any]:
+    return {new: value[old] for new, old in enumerate(item.order) if old in value}
 
 
 def _read(config: Any, name: str) -> Any:
@@ -177,15 +190,15 @@ def _frozen(config: Any) -> bool:
     return bool(getattr(getattr(type(config), "__dataclass_params__", None), "frozen", False))
 
 
-def set_depth(model: nn.Module, shrunk: Shrunk) -> None:
+def set_depth(model: nn.Module, item: Arranged) -> None:
     """Write the new depth into the attributes of the modules around the stack that state the old one."""
-    path = shrunk.stack.path
+    path = item.stack.path
     while path:
         path = path.rpartition(".")[0]
         module = model.get_submodule(path)
         for name in _DEPTH:
-            if type(vars(module).get(name)) is int and vars(module)[name] == shrunk.before:
-                setattr(module, name, len(shrunk.keep))
+            if type(vars(module).get(name)) is int and vars(module)[name] == item.before:
+                setattr(module, name, len(item.order))
 
 
 def align_cache(model: nn.Module, depth: int) -> None:

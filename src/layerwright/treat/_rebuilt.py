@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,12 +39,12 @@ def rebuild(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a model rebuilt from the new configuration differs from the old one without the dropped blocks.
+    """How a model rebuilt from the new configuration differs from the one whose blocks were arranged.
 
     Attributes:
-        outside: names of parameters outside the stack whose shapes change with the depth.
-        inside: what differs in blocks that stay, as ``old name: before -> after``.
-        attributes: ``(module path, attribute, before, after)`` outside the stack.
+        outside: names of parameters outside the stacks whose shapes change with the depth.
+        inside: what differs in the blocks, as ``name: arranged -> rebuilt``.
+        attributes: ``(module path, attribute, arranged, rebuilt)`` outside the stacks.
     """
 
     outside: tuple[str, ...]
@@ -52,41 +52,27 @@ class Difference:
     attributes: tuple[tuple[str, str, Any, Any], ...]
 
 
-def compare(before: nn.Module, after: nn.Module, new_path: Mapping[str, str], stacks: Sequence[str]) -> Difference:
-    """Compare two rebuilt models; `new_path` maps old to new paths of the children of the lists at `stacks`."""
+def compare(arranged: nn.Module, rebuilt: nn.Module, stacks: Sequence[str]) -> Difference:
+    """Compare a rebuilt model whose blocks were arranged with the one that the new configuration builds."""
     outside: list[str] = []
     inside: list[str] = []
     attributes: list[tuple[str, str, Any, Any]] = []
-    later = dict(after.named_modules())
+    theirs = dict(rebuilt.named_modules(remove_duplicate=False))
     seen: set[str] = set()
-    for path, module in before.named_modules():
-        place = next((stack for stack in stacks if path.startswith(f"{stack}." if stack else "")), None)
-        target = path
-        if place is not None and path:
-            child = path[: _end_of_child(path, place)]
-            if child not in new_path:
-                continue
-            target = new_path[child] + path[len(child) :]
-        other = later.get(target)
-        seen.add(target)
-        if place is None or not path:
-            outside += _changed_shapes(path, module, other)
-            if other is not None:
-                attributes += [(path, name, a, b) for name, a, b in _changed_attributes(module, other)]
-        else:
+    for path, module in arranged.named_modules():
+        other = theirs.get(path)
+        seen.add(path)
+        changed = _changed_attributes(module, other) if other is not None else []
+        if path and any(path.startswith(f"{stack}." if stack else "") for stack in stacks):
             inside += _changed_shapes(path, module, other)
-            changed = _changed_attributes(module, other) if other is not None else ()
             inside += [f"{path}.{name}: {a} -> {b}" for name, a, b in changed if name not in INDEX_NAMES]
-    for path in later:
+        else:
+            outside += _changed_shapes(path, module, other)
+            attributes += [(path, name, a, b) for name, a, b in changed]
+    for path in theirs:
         if path not in seen and path.rpartition(".")[0] in stacks:
             inside.append(f"{path}: none -> one more block")
     return Difference(tuple(outside), tuple(inside), tuple(attributes))
-
-
-def _end_of_child(path: str, stack: str) -> int:
-    start = len(stack) + 1 if stack else 0
-    end = path.find(".", start)
-    return len(path) if end < 0 else end
 
 
 def _changed_shapes(path: str, module: nn.Module, other: nn.Module | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which blocks can be dropped: those that hand on what they were given, and give nothing else to later blocks."""
+"""Which blocks can be dropped or copied: those that hand on what they were given, and give nothing else to later ones."""
 
 from __future__ import annotations
 
@@ -13,38 +13,59 @@ from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 from layerwright.core.blocks import Blocks
 from layerwright.core.layer import LayerRef
 from layerwright.core.layers import list_layers
-from layerwright.treat._depth import Shrunk
+from layerwright.treat._depth import Arranged
+from layerwright.treat._tables import movable, owned_tables
 
 __all__: list[str] = []
 
 
-def problems(model: nn.Module, stacks: Sequence[Blocks], shrunk: Sequence[Shrunk]) -> list[str]:
-    """Everything that speaks against dropping these blocks."""
+def problems(
+    model: nn.Module, stacks: Sequence[Blocks], arranged: Sequence[Arranged], *, move_tables: bool = False
+) -> list[str]:
+    """Everything that speaks against these orders of blocks."""
     refs = list_layers(model, stacks)
     found: list[str] = []
-    for item in shrunk:
-        stack = item.stack
-        if not item.keep:
-            found.append(f"drop: all {item.before} blocks of {stack.path or 'the model'}; leave one at least")
+    for item in arranged:
+        what = "copy" if item.copied else "drop"
+        reason = _no_list(model, item)
+        if reason:
+            found.append(f"{what}: {reason}")
             continue
-        container = model.get_submodule(stack.path)
-        children = {f"{stack.path}.{name}" if stack.path else name for name in container._modules}
-        if not isinstance(container, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) or not children.issuperset(stack):
-            found.append(
-                f"drop: {', '.join(stack.names[:3])} do not stand in one list; only blocks of a ModuleList, Sequential "
-                "or ModuleDict can be dropped"
-            )
-            continue
-        if len(set(map(id, container.children()))) < len(container._modules):
-            found.append(f"drop: {stack.path or 'the model'} holds one block in several places; give each its own")
-            continue
-        streams = _streams(model, refs, stack)
-        for index in sorted(set(range(item.before)).difference(item.keep)):
+        streams = _streams(model, refs, item.stack)
+        rest = tuple(sorted(set(item.order)))
+        for index in item.dropped:
             reason = _changes_shape(streams, index)
-            reason = reason or _owns_table(model, item, index) or _feeds_others(model, item, index)
+            reason = reason or _owns_table(model, item, index, rest, move_tables) or _feeds_others(model, item, index)
             if reason:
-                found.append(f"drop: {stack.names[index]} {reason}")
+                found.append(f"drop: {item.stack.names[index]} {reason}")
+        for index in item.copied:
+            others = tuple(i for i in rest if i != index)
+            reason = _changes_shape(streams, index)
+            reason = reason or _owns_table(model, item, index, others, move=True) or _shares(model, item, index)
+            if reason:
+                found.append(f"copy: {item.stack.names[index]} {reason}")
     return found
+
+
+def _no_list(model: nn.Module, item: Arranged) -> str:
+    """Why the list itself cannot be arranged so, ``""`` if it can."""
+    stack = item.stack
+    if not item.order:
+        return f"all {item.before} blocks of {stack.path or 'the model'}; leave one at least"
+    container = model.get_submodule(stack.path)
+    children = {f"{stack.path}.{name}" if stack.path else name for name in container._modules}
+    if not isinstance(container, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) or not children.issuperset(stack):
+        return (
+            f"{', '.join(stack.names[:3])} do not stand in one list; only blocks of a ModuleList, Sequential "
+            "or ModuleDict can be dropped or copied"
+        )
+    if len(set(map(id, container.children()))) < len(container._modules):
+        return f"{stack.path or 'the model'} holds one block in several places; give each its own"
+    if item.copied and not all(name.isdigit() for name in container._modules):
+        return f"the children of {stack.path or 'the model'} have names of their own; a copy would have none"
+    if list(item.order) != sorted(item.order) and len(children) > len(stack):
+        return f"{stack.path or 'the model'} also holds layers between its blocks; keep the blocks in their order"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -105,22 +126,28 @@ def _strides(module: nn.Module) -> bool:
     return any(step > 1 for s in steps for step in (s if isinstance(s, tuple) else (s,)))
 
 
-def _owns_table(model: nn.Module, item: Shrunk, index: int) -> str:
+def _owns_table(model: nn.Module, item: Arranged, index: int, others: tuple[int, ...], move: bool) -> str:
     """T5 computes the position bias in its first block and hands it on: no other block could."""
-    modules = item.stack.modules(model)
-    kept = {name for i in item.keep for name, m in modules[i].named_modules() if isinstance(m, nn.Embedding)}
-    for name, module in modules[index].named_modules():
-        if isinstance(module, nn.Embedding) and name not in kept:
-            return f"holds the table {name.rpartition('.')[2] or name} whose result the later blocks share"
+    block = item.stack.modules(model)[index]
+    for name in owned_tables(model, item, index, others) if others else ():
+        if not (move and movable(block, name)):
+            advice = "; move_tables=True gives it to the next block" if movable(block, name) else ""
+            return f"holds the table {name.rpartition('.')[2] or name} whose result the later blocks share{advice}"
     return ""
 
 
-def _feeds_others(model: nn.Module, item: Shrunk, index: int) -> str:
+def _feeds_others(model: nn.Module, item: Arranged, index: int) -> str:
     """Blocks that reuse keys and values need the block that stores them."""
     modules = item.stack.modules(model)
     stored = _flagged(modules[index], ("store",))
-    reused = {kind for i in item.keep for kind in _flagged(modules[i], ("shared", "reuse"))}
+    reused = {kind for i in item.order for kind in _flagged(modules[i], ("shared", "reuse"))}
     return "stores the keys and values that later blocks reuse" if stored & reused else ""
+
+
+def _shares(model: nn.Module, item: Arranged, index: int) -> str:
+    """A copy of a block that stores or reuses keys and values would do so in the wrong place."""
+    flagged = _flagged(item.stack.modules(model)[index], ("store", "shared", "reuse"))
+    return "shares keys and values with other blocks, and a copy would not know with which" if flagged else ""
 
 
 def _flagged(block: nn.Module, words: tuple[str, ...]) -> set[str]:
