@@ -24,11 +24,13 @@ _HOMES = {
     "LayerRef": "core.layer",
     "LayerwrightError": "core.errors",
     "LowRank": "core.treatment",
+    "Narrow": "core.treatment",
     "Option": "core.option",
     "Plan": "core.plan",
     "Profile": "core.profile",
     "Quantize": "core.treatment",
     "Recipe": "core.recipe",
+    "RoundCache": "core.treatment",
     "Scores": "core.option",
     "Sparsify": "core.treatment",
     "Target": "core.target",
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from layerwright.core.recipe import Recipe
     from layerwright.core.records import ApplyReport
     from layerwright.core.target import Target
-    from layerwright.core.treatment import Drop, LowRank, Quantize, Sparsify
+    from layerwright.core.treatment import Drop, LowRank, Narrow, Quantize, RoundCache, Sparsify
     from layerwright.data.loading import load
     from layerwright.recipes.measure import measure
     from layerwright.recipes.optimize import optimize

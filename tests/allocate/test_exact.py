@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -182,3 +183,15 @@ def test_the_solver_does_not_write_to_the_standard_output(capfd):
     for share in (0.21, 0.25, 0.29, 0.33):
         integer(table, {"bytes": share * table.original.bytes, "ms": share * table.original.ms})
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("per_block", [0, 7])
+@pytest.mark.parametrize("share", [0.2, 0.25, 0.35])
+def test_two_hundred_layers_of_twelve_options_take_under_a_second(share, per_block):
+    table = layered_table(3, 200, 12, per_block=per_block)
+    limits = {"bytes": share * table.original.bytes}
+    begun = time.process_time()
+    found = integer(table, limits)
+    assert time.process_time() - begun < 1.0
+    check(table, limits, found)
+    assert found.optimal

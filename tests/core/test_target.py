@@ -4,10 +4,11 @@ import pytest
 
 from layerwright.core.errors import InputError
 from layerwright.core.target import TARGETS, Target, target
-from layerwright.core.treatment import Drop, LowRank, Quantize, Sparsify
+from layerwright.core.treatment import Drop, LowRank, Quantize, RoundActivations, Sparsify
 
 INT4, INT8 = Quantize(4, 32), Quantize(8, 32)
 ACT8 = Quantize(8, act_bits=8)
+TOKEN = RoundActivations(8, share="token", symmetric=True)
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
@@ -27,6 +28,16 @@ def test_every_target_takes_what_is_left_alone_and_a_dropped_block(name):
         ("hf", (Quantize(4, 32, False),), "hf cannot load zero points"),
         ("hf", (Sparsify(),), "hf cannot load sparse 50%"),
         ("hf", (LowRank(4),), "hf cannot load rank 4"),
+        ("hf", (INT4, TOKEN), ""),
+        ("hf", (INT4, RoundActivations(5)), ""),
+        ("hf", (TOKEN,), "hf cannot load a8 without an integer weight"),
+        ("hf", (ACT8, TOKEN), "hf cannot load a8 without an integer weight"),
+        ("hf", (INT4, RoundActivations(8, share="token")), "per token: use"),
+        ("hf", (INT4, RoundActivations(8, share="channel")), "hf cannot load a8 per channel: use"),
+        ("hf", (INT4, RoundActivations(8, grid="two_region")), "hf cannot load a8 two-region"),
+        ("vllm", (INT4, TOKEN), "vllm cannot load a8"),
+        ("gguf", (INT4, TOKEN), "gguf cannot load a8"),
+        ("onnx", (INT4, RoundActivations(8, grid="two_region")), ""),
         ("vllm", (INT4,), ""),
         ("vllm", (Quantize(4, 128, False),), ""),
         ("vllm", (ACT8,), ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -12,6 +13,7 @@ from layerwright.core.cost import Cost
 from layerwright.core.errors import BudgetError, InputError
 from layerwright.core.layers import list_layers, treatable
 from layerwright.core.option import Allocation, Option, Scores
+from layerwright.core.storage import activation_bytes
 from layerwright.core.treatment import Quantize, RoundActivations, RoundAttention
 from layerwright.recipes.attention_sites import mean_bits, product_bits, with_attention_bits
 from layerwright.recipes.bench import open_bench
@@ -85,6 +87,15 @@ def test_it_plans_and_applies_on_the_demo_model() -> None:
         decide(bench, "bits=2", "lrp_qvit")
 
 
+def test_it_comes_down_to_three_bits() -> None:
+    bench = open_bench("demo:vit", samples=32)
+    chosen = dataclasses.replace(recipe("lrp_qvit"), score_samples=16)
+    decision = decide(bench, "bits=3", chosen)
+    widths = {t.bits for own in decision.plan.layers.values() for t in own if isinstance(t, Quantize)}
+    ranges = activation_bytes((RoundAttention(),)) * 8  # of attention's operands, which no layer answers for
+    assert {2, 3} <= widths and decision.allocation.cost.bytes <= decision.limits["bytes"] + ranges
+
+
 def test_needs_are_seen_on_the_meta_device() -> None:
     expected = {"vit", "deit", "swin"}
     for name in ("vit", "deit", "swin", "llama", "bert", "resnet", "clip", "whisper", "convnext"):
@@ -93,7 +104,8 @@ def test_needs_are_seen_on_the_meta_device() -> None:
     assert has("decoder", on_meta("llama")) and not has("decoder", on_meta("vit"))
     assert has("blocks", on_meta("vit")) and not has("blocks", torch.nn.Linear(8, 8))
     assert has("labels", on_meta("vit"))  # what is not about the model is not refused here
-    assert set(NEEDS) == {"batchnorm", "blocks", "decoder", "vision_transformer"}
+    known = {"batchnorm", "blocks", "convolutions", "decoder", "linear_blocks", "linear_layers", "vision_transformer"}
+    assert set(NEEDS) == known
 
 
 def test_a_model_that_it_cannot_serve_is_told_what_can() -> None:

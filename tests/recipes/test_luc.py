@@ -16,11 +16,12 @@ from layerwright.core.errors import BudgetError, InputError
 from layerwright.core.layers import treatable
 from layerwright.core.storage import stored_bytes
 from layerwright.core.target import target
-from layerwright.core.treatment import Quantize, RoundActivations, Sparsify
+from layerwright.core.treatment import Quantize, RoundActivations, RoundCache, Sparsify
+from layerwright.nn.rounded_cache import KeyValueRounding
 from layerwright.recipes.bench import Bench
 from layerwright.recipes.book import recipe
 from layerwright.recipes.deciders import DECIDERS, Choice, Task
-from layerwright.recipes.luc import decide_luc, luc_layers
+from layerwright.recipes.luc import caching_attention, decide_luc, luc_layers
 from layerwright.score.compression_probes import compression_sensitivity
 from layerwright.score.costs import find_blocks_or_none, profile_model
 from layerwright.treat.apply import apply_plan
@@ -76,11 +77,39 @@ def test_the_papers_setting_is_carried_out_by_both_rules() -> None:
             assert found[Sparsify].sparsity == own.sparsity and found[Sparsify].method == "sparsegpt"
         else:
             assert Sparsify not in found
+    for block, own in expected.items():
+        assert choice.layers[f"{block}.self_attn"] == (RoundCache(own.bits),)
     assert choice.extra["mean_sparsity"] == 0.4 and choice.extra["base_bits"] == 4
     assert "bits" in choice.reasons["model.layers.0.mlp.up_proj"]
     small, report = apply_plan(job.bench.model, choice.layers, job.bench.calibration)
     assert all(record.status == "done" for record in report.records)
     assert torch.isfinite(small(input_ids=next(iter(job.bench.calibration))["input_ids"]).logits).all()
+    caches = {path: m.bits for path, m in small.named_modules() if isinstance(m, KeyValueRounding)}
+    assert caches == {f"{path}.self_attn.key_value_rounding": own.bits for path, own in expected.items()}
+
+
+def test_the_cache_can_be_left_alone() -> None:
+    with_it, without = decide_luc(task()), decide_luc(task(cache=False))
+    caches = {path for path, own in with_it.layers.items() if any(isinstance(t, RoundCache) for t in own)}
+    assert len(caches) == 4 and without.layers == {p: t for p, t in with_it.layers.items() if p not in caches}
+    decoder, encoder = ZOO["llama"]()[0], ZOO["vit"]()[0]
+    assert set(caching_attention(decoder)) == caches and caching_attention(encoder) == []
+
+
+def test_relative_errors_are_taken_where_asked() -> None:
+    job = task("size=0.9x", exact=True, sparsity=0.4, relative=True)
+    choice = decide_luc(job)
+    table = compression_sensitivity(
+        job.bench.model,
+        job.bench.calibration,
+        treat_weights,
+        probes={"prune": (0.3, 0.7), "bits": (4, 8)},
+        relative=True,
+    )
+    expected = luc(table.prune_sensitivity, table.bits_sensitivity, sparsity=0.4)
+    assert {path: own.sparsity for path, own in expected.items()} == {
+        path: block["sparsity"] for path, block in choice.extra["blocks"].items()
+    }
 
 
 def test_a_smaller_budget_moves_the_targets_as_little_as_it_needs() -> None:
@@ -119,7 +148,7 @@ def test_a_block_of_16_bits_without_zeros_is_left_alone() -> None:
     choice = decide_luc(job)
     own = choice.extra["blocks"]
     assert {block["bits"] for block in own.values()} == {8, 16}
-    treated = {path.rsplit(".", 2)[0] for path in choice.layers}
+    treated = {".".join(path.split(".")[:3]) for path in choice.layers}
     assert treated == {path for path, block in own.items() if block["bits"] == 8}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from layerwright.core.calibration import Calibration
 from layerwright.core.errors import BudgetError, InputError
@@ -152,18 +153,32 @@ def quick_recipe(**more: Any) -> Any:
     return replace(recipe("mixed_td"), decider_settings={**FAST, **more})
 
 
-@pytest.mark.parametrize("budget", ["ms=0.7x", "size=0.7x"])
+@pytest.mark.parametrize("budget", ["ms=0.7x", "size=0.7x", "params=0.7x", "flops=0.7x", "flops=0.8x,params=0.75x"])
 def test_the_recipe_decides_on_the_demo_model(budget: str) -> None:
     bench = open_bench("demo:cnn", samples=64)
     decision = decide(bench, budget, quick_recipe(tolerance=1.0, population=4, parents=2, generations=1))
     chosen = [t for treatments in decision.plan.layers.values() for t in treatments]
     assert chosen and all(isinstance(t, FactorConv) for t in chosen)
     assert "cost dataflow" in decision.plan.notes
-    if budget == "size=0.7x":
-        small, _ = apply_plan(bench.model, decision.plan)
+    small, _ = apply_plan(bench.model, decision.plan)
+    predicted, limits = decision.allocation.cost, decision.limits
+    if "bytes" in limits:
         bytes_ = sum(t.numel() * t.element_size() for t in small.state_dict().values())
-        assert bytes_ <= decision.limits["bytes"] + 0.5
-        assert bytes_ == pytest.approx(decision.allocation.cost.bytes)
+        assert bytes_ <= limits["bytes"] + 0.5
+        assert bytes_ == pytest.approx(predicted.bytes)
+    if "params" in limits:
+        count = sum(p.numel() for p in small.parameters())
+        assert count <= limits["params"] + 0.5
+        assert count == predicted.params
+    if "flops" in limits:
+        images = next(iter(bench.calibration))["pixel_values"][:1]
+        with torch.no_grad(), FlopCounterMode(display=False) as before:
+            bench.model(images)
+        with torch.no_grad(), FlopCounterMode(display=False) as after:
+            small(images)
+        share = float(budget.split("flops=")[1].split("x")[0])
+        assert after.get_total_flops() <= share * before.get_total_flops() + 1
+        assert predicted.flops <= limits["flops"] * (1 + 1e-9)
 
 
 def test_budgets_that_it_cannot_hold() -> None:

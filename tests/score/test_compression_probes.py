@@ -60,6 +60,31 @@ def test_errors_equal_whole_forwards_and_nothing_changes(case: tuple[Any, Any]) 
         assert table.prune_sensitivity[block] == pytest.approx(pruned / 2, rel=1e-4)
 
 
+def test_relative_errors_are_shares_of_the_outputs_energy(case: tuple[Any, Any]) -> None:
+    model, data = case
+    plain = compression_sensitivity(model, data, treat_weights, probes=PAIR)
+    found = compression_sensitivity(model, data, treat_weights, probes=PAIR, relative=True)
+    assert found == plain.relative() and found.relative() == found
+    for block in found.prune:
+        outputs: list[torch.Tensor] = []
+        handle = model.get_submodule(block).register_forward_hook(lambda _m, _a, out, to=outputs: to.append(out))
+        data.mean_loss(model)
+        handle.remove()
+        energy = torch.cat([out.flatten() for out in outputs]).double().square().mean()
+        assert plain.energy[block] == pytest.approx(float(energy), rel=1e-5)
+        assert found.prune[block][0.5] == pytest.approx(plain.prune[block][0.5] / float(energy), rel=1e-4)
+        assert found.bits[block][4] == pytest.approx(plain.bits[block][4] / float(energy), rel=1e-4)
+
+
+def test_a_block_that_gives_zeros_has_no_relative_error() -> None:
+    model, batches = ZOO["gpt2"]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    found = compression_sensitivity(model, batches, treat_weights, probes=PAIR, relative=True)
+    assert set(found.bits_sensitivity.values()) == {0.0}
+
+
 def test_errors_grow_with_sparsity_and_fall_with_bits(case: tuple[Any, Any]) -> None:
     model, data = case
     table = compression_sensitivity(model, data, treat_weights, probes={**PROBES, "bits": (2, 4, 8)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import pytest
@@ -395,3 +396,15 @@ def test_bad_input() -> None:
 
 def test_the_room_explain_opens_the_same_door() -> None:
     assert explain_lrp is lrp
+
+
+def test_256_images_take_seconds() -> None:
+    from layerwright.data.demo_data import digits
+    from layerwright.data.loading import load
+
+    model, _ = load("demo:vit", dtype="float32")
+    batches = [{"pixel_values": part} for part in digits("train")[0][:256].split(32)]
+    begun = time.process_time()  # of all threads: what else the machine does must not count
+    omega = lrp_contribution(model, batches)
+    assert time.process_time() - begun < 10
+    assert sum(omega.values()) == pytest.approx(1)

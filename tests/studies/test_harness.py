@@ -50,6 +50,11 @@ def test_the_recipes_of_a_system_exist() -> None:
         assert recipe(name).drop_blocks
 
 
+@pytest.mark.parametrize("item", systems.SYSTEMS, ids=lambda item: item.slug)
+def test_dashes_and_underscores_of_a_slug_count_alike(item: systems.System) -> None:
+    assert systems.system(item.slug.replace("-", "_")) is systems.system(item.slug) is item
+
+
 def test_an_unknown_study_is_answered_with_close_names() -> None:
     with pytest.raises(InputError, match=r"shortened-lama.*did you mean shortened-llama"):
         run_study("shortened-lama")

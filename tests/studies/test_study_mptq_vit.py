@@ -18,7 +18,7 @@ def test_quick_form_measures_every_claim() -> None:
     evidence = run(quick=True, seeds=1, progress=lambda *line: said.append(line))
     assert torch.equal(torch.get_rng_state(), state)
     assert isinstance(evidence, Evidence) and evidence.slug == "mptq-vit"
-    assert [check.name[:3] for check in evidence.checks] == ["(1)"] * 5 + ["(2)"] * 4 + ["(3)"] * 3
+    assert [check.name[:3] for check in evidence.checks] == ["(1)"] * 5 + ["(2)"] * 8 + ["(3)"] * 3
     assert all(math.isfinite(check.measured) for check in evidence.checks)
     assert evidence.checks[-1].holds
     assert {what for what, done, total in said if done == total} >= {
@@ -28,7 +28,9 @@ def test_quick_form_measures_every_claim() -> None:
         "mixed precision",
     }
     assert any("twice the gain" in note and "48 x 2" in note for note in evidence.notes)
-    assert [note for note in evidence.notes if "SQ-b on top" in note and "two regions" in note]
+    for form in ("SQ-b as published", "SQ-b chosen per norm"):
+        assert sum(f"{form}: of" in note and "SQ-b on top" in note for note in evidence.notes) == 2
+        assert sum(f", {form}: accuracy" in check.name for check in evidence.checks) == 4
     data = json.loads(json.dumps(evidence.to_data()))
     assert {"slug", "claim", "table", "checks", "verdict", "seconds", "seeds", "versions"} <= set(data)
 

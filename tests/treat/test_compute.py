@@ -16,7 +16,8 @@ from layerwright.core.treatment import Drop, LowRank, Quantize, Sparsify, Treatm
 from layerwright.nn.stored import Stored
 from layerwright.score.statistics import InputStatistics
 from layerwright.treat import compute
-from layerwright.treat.compute import check_treatments, needed_statistics, relative_error, treated, treated_group
+from layerwright.treat.checks import check_treatments, needed_statistics
+from layerwright.treat.compute import relative_error, treated, treated_group
 
 TREATMENTS: list[Treatments] = [
     (),

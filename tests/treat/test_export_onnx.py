@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from export_samples import linears, rtn, sample, treat
 from layerwright.core.errors import CheckpointError
 from layerwright.core.layers import list_layers
-from layerwright.core.treatment import LowRank
+from layerwright.core.treatment import LowRank, RoundActivations
 from layerwright.data.loading import load
+from layerwright.nn.w4a8 import integer_layers_
+from layerwright.treat.apply import apply_plan
 from layerwright.treat.drop import drop_blocks
 from layerwright.treat.export import export_model
 from layerwright.treat.export._onnx import traceable
@@ -155,3 +157,16 @@ def test_a_model_that_cannot_be_traced_gives_one_line(tmp_path: Path, monkeypatc
         export_model(model, tmp_path / "out", "onnx")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_rounded_inputs_of_layers(tmp_path: Path) -> None:
+    """Beside integer weights and as one layer of integer products."""
+    model, batches = ZOO["llama"]()
+    batch = {"input_ids": batches[0]["input_ids"], "attention_mask": torch.ones_like(batches[0]["input_ids"])}
+    token = RoundActivations(8, share="token", symmetric=True)
+    plan = {path: (rtn(4, 32), (token, RoundActivations(8))[i % 2]) for i, path in enumerate(linears(model)[:3])}
+    small = apply_plan(model, plan, batches)[0].eval()
+    assert len(integer_layers_(small)) == 2
+    again = run(export_model(small, tmp_path, "onnx"), batch)
+    torch.testing.assert_close(again, logits(small, batch), rtol=1e-4, atol=1e-5)

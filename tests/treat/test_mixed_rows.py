@@ -14,7 +14,8 @@ from layerwright.data.loading import load
 from layerwright.nn.mixed_rows import MixedRowLinear
 from layerwright.score.statistics import InputStatistics
 from layerwright.treat.apply import apply_plan
-from layerwright.treat.compute import needed_statistics, treated, treated_group
+from layerwright.treat.checks import needed_statistics
+from layerwright.treat.compute import treated, treated_group
 from layerwright.treat.export import FORMATS
 from layerwright.treat.quantize import group_order, mix_rows, output_clip, prepare
 from oracles.row_groups import gptq_groups

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from layerwright.core.calibration import as_calibration
 from layerwright.core.errors import InputError
 from layerwright.core.layers import structure_copy
-from layerwright.treat.migrate import find_norm_readers
+from layerwright.treat.migrate import find_norm_readers, sample_norms
 from layerwright.treat.prepare import prepare_
 from layerwright.treat.reparameterize import (
     channel_params,
     clip_channel_params,
     reparameterize_,
     reparameterize_norm_,
-    sample_norms,
     shared_grid,
 )
 from zoo import ZOO, logits

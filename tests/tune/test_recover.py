@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwright.core.calibration import Calibration, logits_of
+from layerwright.core.errors import InputError
 from layerwright.core.treatment import Quantize
 from layerwright.recipes.book import recipe
 from layerwright.recipes.verbs import apply, plan, tune
@@ -205,3 +206,39 @@ def test_bfloat16_models_stay_bfloat16(name: str) -> None:
     )
     assert divergence(tuned, model, data) < divergence(treated, model, data)
     assert tuned(data.batches[0]).dtype == tuned[0].bias.dtype == tuned[0].weight_scale.dtype == torch.bfloat16
+
+
+def by_gptq(bits: int) -> tuple[nn.Module, nn.Module, Calibration]:
+    """(teacher, its GPTQ-rounded copy, data)."""
+    teacher, data = trained(), part("calibration", 32)
+    treatment = (Quantize(bits=bits, symmetric=False, method="gptq"),)
+    return teacher, apply_plan(teacher, dict.fromkeys(convolutions(teacher), treatment), data)[0], data
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_fit_can_start_from_the_plans_codes(bits: int) -> None:
+    """Without a step, what was read is what is written: the same dense weights, to the last bit."""
+    teacher, treated, data = by_gptq(bits)
+    settings: dict[str, Any] = {"iters": 0, "epochs": 0, "passes": 1}
+    tuned = TUNERS.get("adaquant")(treated, data, teacher=teacher, start="plan", **settings)
+    anew = TUNERS.get("adaquant")(treated, data, teacher=teacher, start="weights", **settings)
+    moved = 0
+    for path in convolutions(teacher):
+        before, after, other = (model.get_submodule(path) for model in (treated, tuned, anew))
+        assert torch.equal(before.weight_packed, after.weight_packed)
+        assert torch.equal(before.weight_zero, after.weight_zero)
+        moved += not torch.equal(before.weight_packed, other.weight_packed)
+    assert moved > 0
+
+
+def test_a_fit_from_the_plan_does_not_fall_behind_it() -> None:
+    teacher, treated, data = by_gptq(2)
+    settings: dict[str, Any] = {"iters": 40, "epochs": 1, "mode": "sequential"}
+    tuned = TUNERS.get("adaquant")(treated, data, teacher=teacher, start="plan", **settings)
+    assert divergence(tuned, teacher, data) < divergence(treated, teacher, data)
+
+
+def test_an_unknown_start_is_refused() -> None:
+    teacher, treated, data = by_gptq(2)
+    with pytest.raises(InputError, match="unknown start 'codes' in adaquant; known: plan, weights"):
+        TUNERS.get("adaquant")(treated, data, teacher=teacher, start="codes")

@@ -76,7 +76,7 @@ def tune(
     model: Model,
     method: Annotated[
         str,
-        typer.Option("--method", "-m", help="lora, full, distill, distill_layers, adaquant, renormalize, bias_tune."),
+        typer.Option("--method", "-m", help="lora, full, distill, distill_layers, window, adaquant, renormalize, bias_tune."),
     ],
     out: Out,
     data: Data = None,

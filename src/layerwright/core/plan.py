@@ -18,7 +18,7 @@ from layerwright.core.option import Allocation
 from layerwright.core.plan_reader import read_plan
 from layerwright.core.storage import stored_bytes
 from layerwright.core.target import TARGETS
-from layerwright.core.treatment import Quantize, Sparsify, Treatments, describe
+from layerwright.core.treatment import Narrow, Quantize, Sparsify, Treatments, describe
 
 __all__ = ["Change", "Plan"]
 
@@ -117,7 +117,11 @@ class Plan:
         layers: dict[str, Treatments] = {}
         for option in allocation.chosen:
             block = any(t.scope == "block" for t in option.treatments)
-            layers |= dict.fromkeys((option.layer,) if block else option.covers, option.treatments)
+            # A narrowed projection is named itself; the layers that feed it follow, with the other treatments.
+            rest = tuple(t for t in option.treatments if not isinstance(t, Narrow))
+            layers |= dict.fromkeys((option.layer,) if block else option.covers, rest)
+            if len(rest) < len(option.treatments):
+                layers[option.layer] = option.treatments
         costs = {name: value for name, value in allocation.cost.to_data().items() if isinstance(value, float) and value}
         # Some methods predict no damage (NaN): then none is written.
         known = allocation.predicted is not None

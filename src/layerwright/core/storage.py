@@ -8,6 +8,7 @@ from layerwright.core.treatment import (
     FactorConv,
     LowRank,
     MixRows,
+    Narrow,
     Quantize,
     RoundActivations,
     RoundAttention,
@@ -44,8 +45,9 @@ def stored_bytes(treatments: Treatments, out: int, in_: int, count: int = 1, ele
     A sparse matrix is a bit mask (one bit per weight, rows padded to bytes) and its kept values in one flat array;
     quantized, the values are codes packed into 32-bit words. A low-rank matrix is its two factors ``(out, rank)`` and
     ``(rank, in)``; quantized, each factor is stored as a quantized matrix, the first one per channel. Rounded
-    activations add their ranges (`activation_bytes`). Rows of mixed widths are one quantized matrix for each width and
-    a 32-bit place for each row. A factorised convolution is the weights of all its stages.
+    activations add their ranges (`activation_bytes`), rounded keys and values nothing. Rows of mixed widths are one
+    quantized matrix for each width and a 32-bit place for each row. A factorised convolution is the weights of all its
+    stages. A narrowed projection has fewer inputs, and is otherwise stored as its other treatments say.
     """
     return activation_bytes(treatments, in_) + _weight_bytes(treatments, out, in_, count, element_bytes)
 
@@ -63,6 +65,9 @@ def activation_bytes(treatments: Treatments, channels: int = 1) -> int:
 
 
 def _weight_bytes(treatments: Treatments, out: int, in_: int, count: int, element_bytes: int) -> int:
+    for t in treatments:
+        if isinstance(t, Narrow):
+            in_ = t.kept(in_)
     quantize = next((t for t in treatments if isinstance(t, Quantize)), None)
     sparsify = next((t for t in treatments if isinstance(t, Sparsify)), None)
     low_rank = next((t for t in treatments if isinstance(t, LowRank)), None)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from layerwright.core.errors import unknown_name
-from layerwright.core.treatment import TREATMENTS, Quantize, Treatments
+from layerwright.core.treatment import TREATMENTS, Quantize, RoundActivations, Treatments, weight_treatments
 
 __all__ = ["TARGETS", "Target", "target"]
 
@@ -21,7 +22,9 @@ class Target:
         fused: roles that it fuses into one matrix, so that they must share their treatment.
         asymmetric: it loads zero points.
         kinds: tags of the treatments it can express.
-        joint: it can express two treatments on one layer.
+        joint: it can express two treatments of one weight.
+        inputs: rounded inputs it can express, if `kinds` has them: `all`, or `affine` ones beside an integer weight (a
+            uniform grid with a range of the tensor, or a symmetric one for each token).
         format: the export format that serves it.
     """
 
@@ -32,6 +35,7 @@ class Target:
     asymmetric: bool = True
     kinds: frozenset[str] = frozenset({"quantize", "sparsify", "low_rank", "drop"})
     joint: bool = True
+    inputs: Literal["all", "affine"] = "all"
     format: str = "safetensors"
 
     def refuses(self, treatments: Treatments) -> str:
@@ -46,7 +50,13 @@ class Target:
                     return f"{self.name} cannot load group_size {t.group_size} (it loads {sorted(self.group_sizes)})"
                 if not t.symmetric and not self.asymmetric:
                     return f"{self.name} cannot load zero points: use symmetric: true"
-        if len(treatments) > 1 and not self.joint:
+            if isinstance(t, RoundActivations) and self.inputs == "affine":
+                if not any(isinstance(other, Quantize) and other.act_bits is None for other in treatments):
+                    return f"{self.name} cannot load {t.label()} without an integer weight"
+                if t.grid != "uniform" or t.share == "channel" or (t.share == "token" and not t.symmetric):
+                    shares = "share: tensor, or share: token with symmetric: true"
+                    return f"{self.name} cannot load {t.label()} per {t.share}: use grid: uniform and {shares}"
+        if len(weight_treatments(treatments)) > 1 and not self.joint:
             return f"{self.name} cannot load two treatments on one layer"
         return ""
 
@@ -57,7 +67,14 @@ TARGETS = {
     t.name: t
     for t in (
         Target("layerwright", kinds=frozenset(TREATMENTS)),
-        Target("hf", asymmetric=False, kinds=frozenset({"quantize", "drop"}), joint=False, format="compressed-tensors"),
+        Target(
+            "hf",
+            asymmetric=False,
+            kinds=frozenset({"quantize", "activations", "drop"}),
+            joint=False,
+            inputs="affine",
+            format="compressed-tensors",
+        ),
         Target(
             "vllm",
             bits=frozenset({4, 8}),
@@ -79,7 +96,7 @@ TARGETS = {
         Target(
             "onnx",
             bits=frozenset({4, 8}),
-            kinds=frozenset({"quantize", "drop", "low_rank"}),
+            kinds=frozenset({"quantize", "activations", "drop", "low_rank"}),
             joint=False,
             format="onnx",
         ),

@@ -51,6 +51,7 @@ MODULES.add("mixed_row_linear", MixedRowLinear)
 MODULES.add("w4a8_linear", "layerwright.nn.w4a8:W4A8Linear")
 MODULES.add("attention_products", AttentionProducts)
 MODULES.add("factorized_conv", "layerwright.nn.factorized:FactorizedConv")
+MODULES.add("resized_linear", "layerwright.nn.resized:ResizedLinear")
 MODULES.add("key_value_rounding", "layerwright.nn.rounded_cache:KeyValueRounding")
 
 

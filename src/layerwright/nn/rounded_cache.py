@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -12,7 +13,7 @@ from layerwright.core.layers import list_layers
 from layerwright.nn.attached import Attachment
 from layerwright.nn.quantizer import fake_quantize, find_scale, grid
 
-__all__ = ["KeyValueRounding", "round_cache_", "round_tokens"]
+__all__ = ["KeyValueRounding", "round_cache_", "round_tokens", "takes_cache"]
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 """What attention modules call their cache."""
@@ -80,10 +81,18 @@ class _Rounding:
         keys, values = round_tokens(keys, self._bits), round_tokens(values, self._bits)
         return (keys, values) if self._cache is None else self._cache.update(keys, values, *args, **kwargs)
 
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        return 0 if self._cache is None else self._cache.get_seq_length(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._cache, name)
+
+
+def takes_cache(module: nn.Module) -> bool:
+    """Whether the forward of an attention module is handed a cache by a name that is known: `CACHE_ARGUMENTS`."""
+    return any(name in CACHE_ARGUMENTS for name in inspect.signature(module.forward).parameters)
 
 
 def round_cache_(model: nn.Module, bits: Mapping[str, int]) -> list[str]:
@@ -91,21 +100,27 @@ def round_cache_(model: nn.Module, bits: Mapping[str, int]) -> list[str]:
 
     Args:
         model: a decoder whose attention modules are handed a cache by one of these names: `CACHE_ARGUMENTS`.
-        bits: block path to 2..8 or 16.
+        bits: path of a block, or of an attention module, to 2..8 or 16.
 
     Returns:
         Paths of the attention modules that round now.
 
     Raises:
-        InputError: a block without an attention module, or bits outside their range.
+        InputError: an encoder-decoder model, a block without an attention module or with one that keeps nothing, or
+            bits outside their range.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InputError(f"{type(model).__name__} is an encoder-decoder model; keys and values are rounded in decoders")
     modules = [ref.path for ref in list_layers(model) if ref.kind == "attention"]
     done: list[str] = []
     for block, width in bits.items():
-        inside = [path for path in modules if path.startswith(block + ".")]
+        inside = [path for path in modules if path == block or path.startswith(block + ".")]
         if not inside:
             raise InputError(f"{block}: no attention module in it whose keys and values could be rounded")
         for path in inside if width != 16 else ():
-            KeyValueRounding(width).attach_(model.get_submodule(path))
+            owner = model.get_submodule(path)
+            if not takes_cache(owner):
+                raise InputError(f"{path}: {type(owner).__name__} keeps no keys and values that could be rounded")
+            KeyValueRounding(width).attach_(owner)
             done.append(path)
     return done

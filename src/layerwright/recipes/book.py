@@ -26,7 +26,7 @@ def recipes() -> tuple[Recipe, ...]:
 
 
 def recipe(name: str | Path | Recipe) -> Recipe:
-    """The recipe of that name, or the one in that YAML file.
+    """The recipe of that name, or the one in that YAML file; dashes and underscores of a name count alike.
 
     Raises:
         InputError: unknown; close matches are listed.
@@ -39,9 +39,10 @@ def recipe(name: str | Path | Recipe) -> Recipe:
         if not path.is_file():
             raise FileNotFoundError(f"no recipe file at {path}")
         return Recipe.load(path)
-    if text not in _library():
+    alike = {known.replace("-", "_"): item for known, item in _library().items()}
+    if text.replace("-", "_") not in alike:
         raise unknown_name("recipe", text, _library())
-    return _library()[text]
+    return alike[text.replace("-", "_")]
 
 
 def default_recipe(budget: Budget) -> Recipe:

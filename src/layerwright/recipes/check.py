@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ from layerwright.recipes.forecast import forecast_apply
 from layerwright.recipes.job import protected_blocks
 from layerwright.recipes.needs import require
 from layerwright.recipes.table import candidates_for
+from layerwright.recipes.width import narrows
 from layerwright.score.costs import find_blocks_or_none, profile_model
+from layerwright.treat.narrow import FeedForward, feed_forwards
 from layerwright.treat.stream import empty_model
 from layerwright.treat.writer import check_folder
 
@@ -99,13 +101,14 @@ def check_job(
     if goal.format in ("gguf", "compressed-tensors", "onnx"):
         attempt(lambda: _require_extra(goal.format))
     width = next(t.element_size() for n, t in saved_tensors(skeleton) if n == refs[0].parameter)
-    candidates = candidates_for(refs, chosen, goal, width)
+    parts = feed_forwards(skeleton) if narrows(chosen) else {}
+    candidates = candidates_for(refs, chosen, goal, width, parts)
     if (
         not any(candidates.values()) and not chosen.drop_blocks and not chosen.decider
     ):  # without blocks `_reachable` refuses
         problems.append(f"recipe {chosen.name} has no treatment that {goal.name} loads and that fits {source.name}")
     smallest = {ref.path: _smallest(ref, candidates[ref.path], width) for ref in refs}
-    attempt(lambda: _reachable(limits, skeleton, refs, candidates, chosen, goal, width))
+    attempt(lambda: _reachable(limits, skeleton, refs, candidates, chosen, goal, width, parts))
     plan = Plan(layers={path: t for path, t in smallest.items() if t})
     forecast = forecast_apply(
         skeleton,
@@ -161,6 +164,7 @@ def _reachable(
     chosen: Recipe,
     goal: Target,
     width: int,
+    parts: Mapping[str, FeedForward],
 ) -> None:
     """Refuse a budget that the shapes alone show to be out of reach, dropped blocks included."""
     blocks = find_blocks_or_none(model)
@@ -174,6 +178,7 @@ def _reachable(
         element_bytes=width,
         blocks=blocks,
         settings=protected_blocks(chosen.allocator_settings, sum(len(stack) for stack in blocks)),
+        parts=parts,
     )
 
 

@@ -19,6 +19,7 @@ from layerwright.core.recipe import Recipe
 from layerwright.core.target import Target
 from layerwright.core.treatment import Treatments
 from layerwright.recipes.table import MsOf, fused_groups, limits_of, option_table, uniform_bytes
+from layerwright.treat.narrow import FeedForward
 
 __all__ = ["STATIC", "refuse_unreachable", "static_part"]
 
@@ -46,6 +47,7 @@ def refuse_unreachable(
     blocks: Sequence[Blocks] = (),
     ms: MsOf | None = None,
     settings: Mapping[str, int] | None = None,
+    parts: Mapping[str, FeedForward] | None = None,
 ) -> None:
     """Refuse a budget that no choice among the recipe's treatments meets, whatever the scores will be.
 
@@ -63,6 +65,7 @@ def refuse_unreachable(
         blocks: the stacks whose blocks may go, if the recipe drops blocks.
         ms: time after treatment, as the table will be given it.
         settings: of the allocator.
+        parts: feed-forward parts that may be made narrower.
 
     Raises:
         BudgetError: a limit that cannot be met; names the reachable minimum in the limit's own unit.
@@ -73,7 +76,7 @@ def refuse_unreachable(
         raise InputError(f"recipe {chosen.name} drops blocks, and the model has no repeated blocks")
     if not limits.limits or not (any(candidates.values()) or chosen.drop_blocks):
         return
-    table = _table(profile, refs, candidates, chosen, goal, element_bytes, blocks, ms)
+    table = _table(profile, refs, candidates, chosen, goal, element_bytes, blocks, ms, parts)
     bounds = limits_of(limits, table, refs, chosen.group_size, element_bytes)
     for limit in limits:
         least = minimum(table, limit.resource)
@@ -97,6 +100,7 @@ def _table(
     element_bytes: int,
     blocks: Sequence[Blocks],
     ms: MsOf | None,
+    parts: Mapping[str, FeedForward] | None,
 ) -> OptionTable:
     free = Scores("none", {(path, t): 0.0 for path, options in candidates.items() for t in options})
     dropping = chosen.drop_blocks and bool(blocks)
@@ -110,6 +114,7 @@ def _table(
         blocks=blocks,
         drop_scores=drops if dropping else None,
         ms=ms,
+        parts=parts,
     )
     groups = fused_groups(refs, goal)
     return filter_target(merge_ties(table, groups) if groups else table, goal)

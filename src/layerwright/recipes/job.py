@@ -39,8 +39,10 @@ from layerwright.recipes.table import (
     uniform_bytes,
 )
 from layerwright.recipes.timing import measured_times
+from layerwright.recipes.width import narrows
 from layerwright.score.base import SCORERS, Subject
 from layerwright.score.costs import find_blocks_or_none, profile_model
+from layerwright.treat.narrow import feed_forwards
 from layerwright.treat.prepare import prepare_
 from layerwright.treat.probe import treat_weights
 
@@ -163,7 +165,8 @@ def decide(
     profile = profile_model(
         bench.model, bench.calibration, refs=all_refs, name=bench.name, timing=True, repeats=5 if timing else 2
     )
-    candidates = candidates_for(refs, the_recipe, the_target, width)
+    parts = feed_forwards(bench.model, all_refs) if narrows(the_recipe) else {}
+    candidates = candidates_for(refs, the_recipe, the_target, width, parts)
     more_bytes, attention_bytes = range_bytes(limits, candidates, all_refs, the_recipe.attention)
     groups = fused_groups(refs, the_target)
     blocks = find_blocks_or_none(bench.model)
@@ -180,6 +183,7 @@ def decide(
         blocks=blocks,
         ms=ms,
         settings=settings,
+        parts=parts,
     )
     working = prepared(bench, the_recipe, seed, progress)
     label = {"name": bench.name, "fingerprint": profile.fingerprint, "architecture": type(bench.model).__name__}
@@ -224,6 +228,7 @@ def decide(
         element_bytes=width,
         blocks=blocks,
         ms=ms,
+        parts=parts,
         drop_scores=removal_damages(scores["blocks"]) if "blocks" in scores else None,
     )
     if groups:

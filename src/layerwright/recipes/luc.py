@@ -6,17 +6,21 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from layerwright.allocate.luc import LayerCompression, luc, reachable_sparsity
 from layerwright.core.errors import BudgetError, InputError
 from layerwright.core.layer import LayerRef
+from layerwright.core.layers import list_layers
 from layerwright.core.option import Scores
 from layerwright.core.storage import stored_bytes
-from layerwright.core.treatment import Quantize, RoundActivations, Sparsify, Treatments
+from layerwright.core.treatment import Quantize, RoundActivations, RoundCache, Sparsify, Treatments
+from layerwright.nn.rounded_cache import takes_cache
 from layerwright.recipes.deciders import Choice, Task
 from layerwright.score.compression_probes import PROBES, ProbeTable, compression_sensitivity
 from layerwright.treat.probe import treat_weights
 
-__all__ = ["decide_luc", "luc_layers"]
+__all__ = ["caching_attention", "decide_luc", "luc_layers"]
 
 _KNOWN: Mapping[str, Any] = {
     "base_bits": 4,
@@ -25,6 +29,8 @@ _KNOWN: Mapping[str, Any] = {
     "prune": tuple(PROBES["prune"]),
     "bits": None,
     "activations": True,
+    "cache": True,
+    "relative": False,
     "method": "rtn",
     "exact": False,
 }
@@ -37,14 +43,16 @@ def luc_layers(
     *,
     activations: bool = True,
     method: str = "rtn",
+    attention: Sequence[str] = (),
 ) -> dict[str, Treatments]:
-    """Treatments of every weight in the blocks that `compression` names: SparseGPT, symmetric weights, rounded inputs.
+    """Treatments of the blocks that `compression` names: SparseGPT, symmetric weights, rounded inputs, rounded caches.
 
     Args:
         compression: by block path (`layerwright.allocate.luc.luc`).
         refs: weights.
         activations: round what each layer reads to its bits, one scale for each token.
         method: how weights are rounded: ``rtn`` (one scale per output, as in the paper), ``mse`` or ``gptq``.
+        attention: paths of attention modules whose keys and values get the bits of their block too (`caching_attention`).
     """
     found: dict[str, Treatments] = {}
     for path, chosen in compression.items():
@@ -61,15 +69,24 @@ def luc_layers(
                     own.append(RoundActivations(chosen.bits, share="token", symmetric=True, observer="minmax"))
             if own:
                 found[ref.path] = tuple(own)
+        if chosen.bits < 16:
+            inside = [one for one in attention if one.startswith(path + ".")]
+            found |= {one: (RoundCache(chosen.bits),) for one in inside}
     return found
+
+
+def caching_attention(model: nn.Module) -> list[str]:
+    """Paths of the attention modules of a decoder that keep keys and values which can be rounded."""
+    paths = [ref.path for ref in list_layers(model) if ref.kind == "attention"]
+    return [path for path in paths if takes_cache(model.get_submodule(path))]
 
 
 def decide_luc(task: Task) -> Choice:
     """Probe every transformer layer, then give it bits by the mean rule and sparsity by the linear rule.
 
     Settings (`Recipe.decider_settings`): `base_bits` (4) and the mean `sparsity` (0.5); `max_sparsity` (0.95); the probes
-    `prune` and `bits` (the base and its double); `activations` (rounded too, true); `method` of rounding weights
-    (``rtn``); `exact` (take base and sparsity as they are, whatever the budget leaves over).
+    `prune` and `bits` (the base and its double); `relative` (errors over the output's energy, false); `activations` and
+    `cache` (rounded too, true); `method` of rounding weights (``rtn``); `exact` (take base and sparsity as they are, whatever the budget leaves over).
 
     A budget in bytes (``size=``, ``bits=``) moves the two targets as little as it needs: the mean sparsity is the
     smallest, in steps of 0.005, that fits, up to the recipe's; where that is not enough, the base goes down from
@@ -97,6 +114,7 @@ def decide_luc(task: Task) -> Choice:
         treat_weights,
         probes=probes,
         layers=refs,
+        relative=settings["relative"],
         progress=None if progress is None else lambda done, total: progress("probing blocks", done, total),
     )
     chosen, layers, target = _within(task, refs, table, settings)
@@ -152,10 +170,13 @@ def _within(
     """The mildest targets that keep to the budget: choice by block, treatments by layer, ``(base bits, sparsity)``."""
     limit = task.limits.get("bytes", math.inf) - _adapter_bytes(task, refs)
     prune, rounding = table.prune_sensitivity, table.bits_sensitivity
+    attention = caching_attention(task.bench.model) if settings["cache"] else []
     least = math.inf
     for base, mean in _targets(settings, reachable_sparsity(prune, settings["max_sparsity"])):
         chosen = luc(prune, rounding, base_bits=base, sparsity=mean, max_sparsity=settings["max_sparsity"])
-        layers = luc_layers(chosen, refs, activations=settings["activations"], method=settings["method"])
+        layers = luc_layers(
+            chosen, refs, activations=settings["activations"], method=settings["method"], attention=attention
+        )
         total = _total(task, refs, layers)
         least = min(least, total)
         if total <= limit:

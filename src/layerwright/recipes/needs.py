@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import nn
@@ -9,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from layerwright.core.blocks import Blocks, find_blocks
 from layerwright.core.errors import InputError
-from layerwright.core.layers import list_layers
+from layerwright.core.layers import list_layers, treatable
 from layerwright.recipes.book import recipes
 
 __all__ = ["NEEDS", "has", "require"]
@@ -29,15 +30,39 @@ def _vision_transformer(model: nn.Module) -> bool:
     return reads == "pixel_values" and any(r.role == "stem" for r in refs) and any(r.kind == "attention" for r in refs)
 
 
+def _convolutions(model: nn.Module) -> bool:
+    """It has convolutions in two dimensions, besides its stem, that can be factorised."""
+    for ref in treatable(model):
+        module = model.get_submodule(ref.path) if ref.layout == "conv" else None
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and math.prod(module.kernel_size) > 1:
+            return True
+    return False
+
+
+def _linear(model: nn.Module, *, inside: bool) -> bool:
+    """It has linear layers with weights of their own; `inside` blocks."""
+    refs = [ref for ref in treatable(model) if ref.layout in ("linear", "conv1d") and not ref.tied]
+    return any(ref.block is not None or not inside for ref in refs)
+
+
 NEEDS: dict[str, Callable[[nn.Module], bool]] = {
     "batchnorm": lambda model: any(isinstance(module, _BatchNorm) for module in model.modules()),
     "blocks": lambda model: bool(_blocks(model)),
+    "convolutions": _convolutions,
     "decoder": lambda model: any(stack.role == "decoder" for stack in _blocks(model)),
+    "linear_blocks": lambda model: _linear(model, inside=True),
+    "linear_layers": lambda model: _linear(model, inside=False),
     "vision_transformer": _vision_transformer,
 }
 """What a model can have, by the name that recipes use; a need that is not listed concerns the data."""
 
-_WORDS = {"batchnorm": "batch norms", "vision_transformer": "a vision transformer's attention"}
+_WORDS = {
+    "batchnorm": "batch norms",
+    "convolutions": "convolutions of one group and more than 1 x 1 besides its stem",
+    "linear_blocks": "linear layers in repeated blocks",
+    "linear_layers": "linear layers",
+    "vision_transformer": "a vision transformer's attention",
+}
 
 
 def has(need: str, model: nn.Module) -> bool:

@@ -17,18 +17,22 @@ from layerwright.allocate import ALLOCATORS, pareto
 from layerwright.core.calibration import Calibration, LossFunction
 from layerwright.core.cost import Cost
 from layerwright.core.errors import BudgetError
+from layerwright.core.layer import LayerRef
 from layerwright.core.memory import peak_memory_bytes
-from layerwright.core.option import OptionTable
+from layerwright.core.option import Option, OptionTable
 from layerwright.core.plan import Plan
 from layerwright.core.recipe import Recipe
 from layerwright.core.records import ApplyReport
+from layerwright.core.storage import stored_bytes
 from layerwright.core.target import target as target_of
 from layerwright.core.treatment import Treatments, describe, treatments_to_data
 from layerwright.recipes.bench import Bench, open_bench
 from layerwright.recipes.job import Decision, decide, element_bytes, uniform_layers
 from layerwright.recipes.measure import Measurement, measure
+from layerwright.recipes.width import narrow_of, narrowed_ref, narrows, without_narrow
 from layerwright.treat.apply import apply_plan
 from layerwright.treat.export import export_model
+from layerwright.treat.narrow import FeedForward, feed_forwards
 from layerwright.treat.writer import check_folder, copy_side_files, save_model, staged_folder, write_json
 
 __all__ = ["OptimizeResult", "optimize"]
@@ -179,6 +183,8 @@ def report_data(
     )
     chosen = {path: option for option in decision.allocation.chosen for path in option.covers}
     records = {record.layer: record for record in report}
+    width = element_bytes(bench, decision.refs)
+    parts = feed_forwards(bench.model) if narrows(decision.recipe) else {}
     rows = []
     for row in decision.profile:
         ref = row.ref
@@ -198,7 +204,7 @@ def report_data(
                 "flops": row.cost.flops,
                 "ms": row.cost.ms,
                 "bytes_before": row.cost.bytes,
-                "bytes_after": _bytes_after(option, row.cost.bytes),
+                "bytes_after": _bytes_after(option, ref, row.cost.bytes, parts, width),
                 "planned": option is not None,
                 "treatments": treatments_to_data(treatments),
                 "label": describe(treatments) if option else "not planned",
@@ -242,10 +248,23 @@ def report_data(
     }
 
 
-def _bytes_after(option: Any, before: float) -> float:
-    if option is None:
+def _bytes_after(
+    option: Option | None, ref: LayerRef, before: float, parts: Mapping[str, FeedForward], element_bytes: int
+) -> float:
+    """Bytes of one layer under an option that may cover others too."""
+    if option is None or not option.treatments:
         return before
-    return float(max(option.cost.bytes, 0.0)) if len(option.covers) == 1 else 0.0 if _dropped(option) else before
+    if _dropped(option):
+        return 0.0
+    if len(option.covers) == 1:
+        return float(max(option.cost.bytes, 0.0))
+    narrow, shape = narrow_of(option.treatments), ref
+    bias = before - ref.numel * element_bytes
+    if narrow is not None:
+        part = parts[option.layer]
+        shape = narrowed_ref(ref, part.neurons, narrow.kept(part.neurons))
+        bias *= shape.shape[0] / ref.shape[0]
+    return bias + stored_bytes(without_narrow(option.treatments), *shape.shape, ref.count, element_bytes)
 
 
 def _dropped(option: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from layerwright.core.blocks import Blocks
 from layerwright.core.budget import Budget
@@ -17,6 +17,8 @@ from layerwright.core.recipe import Recipe
 from layerwright.core.storage import kept_weights, stored_bytes
 from layerwright.core.target import Target
 from layerwright.core.treatment import Drop, FactorConv, LowRank, Quantize, Sparsify, Treatments
+from layerwright.recipes.width import narrow_of, narrow_options
+from layerwright.treat.narrow import FeedForward
 
 __all__ = ["candidates_for", "fused_groups", "limits_of", "option_table", "treated_cost", "uniform_bytes"]
 
@@ -25,9 +27,15 @@ MsOf = Callable[[LayerRef, Treatments, float], float]
 
 
 def candidates_for(
-    refs: Sequence[LayerRef], recipe: Recipe, target: Target, element_bytes: int
+    refs: Sequence[LayerRef],
+    recipe: Recipe,
+    target: Target,
+    element_bytes: int,
+    parts: Collection[str] = (),
 ) -> dict[str, tuple[Treatments, ...]]:
     """The recipe's treatments that fit each layer and that the target loads.
+
+    `parts` are the last projections of feed-forward parts that can be made narrower; other layers cannot.
 
     A treatment that cannot be stored in the layer's shape (a group that does not divide the inputs, a rank that is
     not below the layer's) or that saves nothing is left out for that layer.
@@ -39,6 +47,8 @@ def candidates_for(
         for treatments in recipe.candidates:
             if target.refuses(treatments) or not _fits(ref, treatments):
                 continue
+            if narrow_of(treatments) is not None and ref.path not in parts:
+                continue
             if stored_bytes(treatments, *ref.shape, ref.count, element_bytes) < before:
                 kept.append(treatments)
         fitting[ref.path] = tuple(kept)
@@ -46,6 +56,11 @@ def candidates_for(
 
 
 def _fits(ref: LayerRef, treatments: Treatments) -> bool:
+    narrow = narrow_of(treatments)
+    if narrow is not None:
+        if narrow.kept(ref.shape[1]) == ref.shape[1]:
+            return False
+        ref = dataclasses.replace(ref, shape=(ref.shape[0], narrow.kept(ref.shape[1])))
     for t in treatments:
         if isinstance(t, Quantize) and t.group_size != -1 and ref.shape[1] % t.group_size:
             return False
@@ -95,8 +110,9 @@ def option_table(
     blocks: Sequence[Blocks] = (),
     drop_scores: Scores | None = None,
     ms: MsOf | None = None,
+    parts: Mapping[str, FeedForward] | None = None,
 ) -> OptionTable:
-    """All options: keep each layer, give it one of its candidates, or drop its block.
+    """All options: keep each layer, give it one of its candidates, make its part narrower, or drop its block.
 
     Args:
         profile: costs of every layer and block as they are.
@@ -107,6 +123,7 @@ def option_table(
         blocks: with `drop_scores`, the stacks whose blocks may go.
         drop_scores: sensitivity of each block that may be dropped.
         ms: time after treatment; without it, time falls with FLOPs.
+        parts: feed-forward parts that may be made narrower, by their last projection.
     """
     before = {ref.path: profile[ref.path].cost for ref in refs}
     options: list[Option] = []
@@ -115,9 +132,17 @@ def option_table(
         for treatments in candidates.get(ref.path, ()):
             if scores is None:
                 raise InputError("candidates without scores: measure them first")
+            if narrow_of(treatments) is not None:
+                continue
             cost = treated_cost(ref, before[ref.path], treatments, element_bytes, ms)
             options.append(Option(ref.path, treatments, cost, scores.damage(ref.path, treatments)))
     planned = {ref.path for ref in refs}
+    if parts and scores is not None:
+
+        def price(ref: LayerRef, cost: Cost, treatments: Treatments) -> Cost:
+            return treated_cost(ref, cost, treatments, element_bytes, ms)
+
+        options += narrow_options(parts, candidates, before, scores, price, element_bytes)
     if drop_scores is not None:
         for stack in blocks:
             for name in stack.names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,11 +37,13 @@ class ProbeTable:
         prune: block path to ``{share of zeros: error}``.
         bits: block path to ``{bits: error}``.
         samples: calibration samples that were looked at.
+        energy: block path to the mean square of its output.
     """
 
     prune: Mapping[str, Mapping[float, float]]
     bits: Mapping[str, Mapping[int, float]]
     samples: int = 0
+    energy: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def prune_sensitivity(self) -> dict[str, float]:
@@ -53,6 +55,17 @@ class ProbeTable:
         """By block, the mean over the widths."""
         return {path: math.fsum(row.values()) / max(len(row), 1) for path, row in self.bits.items()}
 
+    def relative(self) -> ProbeTable:
+        """Errors as shares of the energy of the block's output (0 where that is 0); the energies are 1 then."""
+
+        def shares(rows: Mapping[str, Mapping[Any, float]]) -> dict[str, dict[Any, float]]:
+            return {
+                path: {probe: error / (self.energy[path] or 1.0) for probe, error in row.items()}
+                for path, row in rows.items()
+            }
+
+        return ProbeTable(shares(self.prune), shares(self.bits), self.samples, dict.fromkeys(self.energy, 1.0))
+
 
 @torch.no_grad()
 def compression_sensitivity(
@@ -62,6 +75,7 @@ def compression_sensitivity(
     *,
     probes: Mapping[str, Sequence[float]] | None = None,
     layers: Sequence[LayerRef] | None = None,
+    relative: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ProbeTable:
     """Mean squared error of each block's output, with one of its weights compressed at a time.
@@ -78,6 +92,9 @@ def compression_sensitivity(
         probes: ``{"prune": shares in [0, 1), "bits": widths in 2..8 or 16}``; see `PROBES`. Share 0 and 16 bits are
             the weight itself.
         layers: the weights to probe; by default all treatable ones in blocks.
+        relative: errors over the mean square of the block's output (`ProbeTable.relative`). The paper and its released
+            measurements take errors as they are, which grow with the residual stream: its last blocks weigh by far the
+            most.
         progress: ``progress(blocks done, blocks)``.
 
     Raises:
@@ -93,11 +110,12 @@ def compression_sensitivity(
         raise InputError(f"{type(model).__name__} has no weights in blocks that could be probed")
     prune: dict[str, dict[float, float]] = {}
     bits: dict[str, dict[int, float]] = {}
+    energy: dict[str, float] = {}
     with evaluating(model):
         for stop in Lockstep(model, units, forwards(model, calibration)):
             if stop.visit:
                 continue
-            errors = _probe_block(model, stop, inside[stop.path], chosen, treat)
+            energy[stop.path], errors = _probe_block(model, stop, inside[stop.path], chosen, treat)
             shares = [float(share) for share in probes_of(chosen, "prune")]
             prune[stop.path] = dict(zip(shares, errors[: len(shares)], strict=True))
             widths = [int(width) for width in probes_of(chosen, "bits")]
@@ -107,18 +125,22 @@ def compression_sensitivity(
     missing = [name for name in units if name not in prune]
     if missing:
         raise InputError(f"{missing[0]}: the calibration data never reached it; give data that runs every block")
-    return ProbeTable(prune, bits, calibration.samples)
+    table = ProbeTable(prune, bits, calibration.samples, energy)
+    return table.relative() if relative else table
 
 
 def compression_probes(
-    subject: Subject, kind: str = "prune", probes: Mapping[str, Sequence[float]] | None = None
+    subject: Subject,
+    kind: str = "prune",
+    probes: Mapping[str, Sequence[float]] | None = None,
+    relative: bool = False,
 ) -> Scores:
     """`compression_sensitivity` as scores of blocks: higher is more important.
 
     Args:
         subject: with `treat`.
         kind: ``prune`` or ``bits``: which probes the score is the mean of.
-        probes: see `compression_sensitivity`.
+        probes, relative: see `compression_sensitivity`.
 
     Raises:
         InputError: another kind, or no `treat`.
@@ -133,10 +155,17 @@ def compression_probes(
         subject.treat,
         probes=probes,
         layers=subject.layers or None,
+        relative=relative,
         progress=subject.progress,
     )
     found = table.prune_sensitivity if kind == "prune" else table.bits_sensitivity
-    meta = {"kind": kind, "prune": _plain(table.prune), "bits": _plain(table.bits), "loss_units": False}
+    meta = {
+        "kind": kind,
+        "prune": _plain(table.prune),
+        "bits": _plain(table.bits),
+        "relative": relative,
+        "loss_units": False,
+    }
     return Scores("compression_probes", sensitivities=found, data=subject.calibration.fingerprint(), meta=meta)
 
 
@@ -180,12 +209,13 @@ def _probe_block(
     refs: Sequence[LayerRef],
     probes: Mapping[str, Sequence[float]],
     treat: TreatWeights,
-) -> list[float]:
-    """One error for each probe, the mean over `refs`."""
+) -> tuple[float, list[float]]:
+    """The mean square of the outputs, and one error for each probe, the mean over `refs`."""
     intact = [first_tensor(stop.run(call)).float() for call in stop.calls]
     if not all(bool(out.isfinite().all()) for out in intact):
         raise InputError(f"{stop.path}: its outputs hold NaN or infinity; check the calibration data")
     values = sum(out.numel() for out in intact)
+    energy = sum(float(out.square().sum()) for out in intact) / values
     errors = []
     for treatments in _treatments(probes):
         total = 0.0
@@ -195,7 +225,7 @@ def _probe_block(
                 for call, out in zip(stop.calls, intact, strict=True):
                     total += float((first_tensor(stop.run(call)).float() - out).square().sum())
         errors.append(total / (values * len(refs)))
-    return errors
+    return energy, errors
 
 
 @contextmanager

@@ -164,6 +164,14 @@ class InputStatistics:
             return (weight.float().square().sum(1).double() * self.square_sum.double()).sum(-1)
         return gram_energy(weight, self.gram)
 
+    def select(self, kept: Tensor) -> InputStatistics:
+        """The statistics of some of the inputs of one layer; `kept` ``(n,)`` are their indices."""
+        part = InputStatistics(len(kept), self.count, only_diagonal=self.only_diagonal, device=self._sum.device)
+        source = self.square_sum if self.only_diagonal else self.gram[:, kept]
+        part._sum = source[..., kept].clone()
+        part.tokens, part.low, part.high = self.tokens.clone(), self.low[:, kept], self.high[:, kept]
+        return part
+
     def _own(self, x: Tensor) -> Tensor:
         return x.to(self._sum.device, torch.float32)
 

@@ -1,17 +1,20 @@
-"""Windows of bytes for studies of the demo language model, and an interval for losses of two models over them."""
+"""Windows of bytes, a small model that learned them, and an interval for losses of two models over them."""
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from layerwright.core.calibration import Calibration
-from layerwright.data.demo.train_lm import byte_tokenizer
+from layerwright.data.demo.train_lm import VOCABULARY, byte_tokenizer
 from layerwright.studies._fixtures import byte_windows
+from layerwright.tune.full import full
 
-__all__ = ["byte_data", "paired_interval"]
+__all__ = ["byte_data", "paired_interval", "small_byte_model"]
 
 
 def byte_data(
@@ -26,3 +29,27 @@ def paired_interval(losses: Tensor, others: Tensor) -> tuple[float, float]:
     difference = (losses - others).double()
     mean, half = float(difference.mean()), 1.96 * float(difference.std()) / math.sqrt(len(difference))
     return mean - half, mean + half
+
+
+@cache
+def small_byte_model(steps: int, layers: int = 6, seed: int = 0) -> nn.Module:
+    """A byte-level Llama of width 128 that learned the standard library's text, in evaluation mode.
+
+    AdamW, `steps` batches of 8 windows of 64 bytes, rate 3e-3; 600 steps take about a minute on a core.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    data = byte_data("train", 8 * steps, 64, seed=seed)
+    return full(model, data, steps=steps, learning_rate=3e-3, weight_decay=0.01, seed=seed).eval()

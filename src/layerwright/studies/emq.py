@@ -28,9 +28,11 @@ from layerwright.score.proxies import (
     EvolvedProxy,
     LayerStatistics,
     ProxyTree,
+    Weighting,
     as_proxy,
     evolve_proxy,
     layer_statistics,
+    spearman,
 )
 from layerwright.score.proxies.search import Judge, Table, random_proxy
 from layerwright.studies._fixtures import digit_images, digits_resnet
@@ -46,6 +48,8 @@ WIDTHS = (2, 3, 4)
 AVERAGE = 3.0
 CURVED = ("hawq2", "qe")
 """Hand-made proxies that are not linear in bits."""
+EVOLVED: dict[Weighting, str] = {"bits": "evolved", "rounding": "evolved, rounding errors"}
+"""Rows of the searches, by how bits enter."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -89,6 +93,10 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
     for seed in range(seeds):
         table += _one_seed(networks[seed], networks[(seed + 1) % len(networks)], size, seed)
         tell("searches", seed + 1, seeds)
+
+    def at(proxy: str) -> float:
+        return stats.fmean(float(row["rho"]) for row in table if row["proxy"] == proxy)
+
     return Evidence(
         slug="emq",
         claim=CLAIM,
@@ -100,9 +108,10 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
             f"eight convolutions of {networks[0].bench.meta['parameters']:,} weights, BatchNorm folded, per-channel ranges of "
             f"least squared error, widths {WIDTHS}; {size.records} random vectors, {size.searched} to search on",
             f"metric: mean loss on {size.heldout} held-out digits; transfer to the network of the next seed",
-            "hawq2 alone measures the rounding error at every width; all other proxies are linear in bits, and so is what can "
-            "be evolved: where its Hessian is well estimated (here 4 probes on each of 4 batches) it is ahead of them all, "
-            "with 4 probes on one batch of 64 it is not",
+            f"as published, a proxy is linear in bits: {at('evolved'):.3f} held out, and the best hand-made one less 0.02, "
+            f"which is hawq2 and measures the rounding error at every width, is at {at('hawq2') - 0.02:.3f}; no linear score "
+            f"gets far beyond {at('linear in bits, fitted to the vectors that judge'):.3f}, that of layer weights fitted to the "
+            f"held-out losses themselves; with rounding errors in place of bits it is {at(EVOLVED['rounding']):.3f}",
             "fewer evaluations by screening are counted, not timed: with bit weighting an evaluation in full is a product "
             "of layer values and bits, so screening saves little time here",
         ],
@@ -139,16 +148,28 @@ def _one_seed(network: _Network, other: _Network, size: _Size, seed: int) -> lis
         )
 
     found, unscreened, uniform = search(), search(csp=False), search(dps=False)
+    weighted: dict[Weighting, EvolvedProxy] = {"bits": found, "rounding": search(weighting="rounding")}
     fed = _fed_alike(own, network.statistics, size.candidates, seed)
     rows: list[dict[str, Any]] = []
     for name in BIT_PROXIES:
         rows.append({"proxy": name, "seed": seed, **_ranks(heldout, name, network.statistics)})
-    rows.append({"proxy": "evolved", "seed": seed, **_ranks(heldout, found.best, network.statistics)})
-    rows[-1] |= {"expression": found.best.canonical()}
-    rows.append({"proxy": "evolved, other network", "seed": seed, **_ranks(other.bench, found.best, other.statistics)})
+    for weighting, name in EVOLVED.items():
+        best = weighted[weighting].best
+        rows.append({"proxy": name, "seed": seed, **_ranks(heldout, best, network.statistics)})
+        rows[-1] |= {"expression": best.canonical()}
+        rows.append({"proxy": f"{name}, other network", "seed": seed, **_ranks(other.bench, best, other.statistics)})
+        rows.append({"proxy": f"{name}, plans", "seed": seed, **_plans(network, best, size, seed)})
     rows.append({"proxy": "search", "seed": seed, **_search_row(found, unscreened, uniform), **fed})
-    rows.append({"proxy": "plans", "seed": seed, **_plans(network, found.best, size, seed)})
+    rows.append({"proxy": "linear in bits, fitted to the vectors that judge", "seed": seed, "rho": _ceiling(heldout)})
     return rows
+
+
+def _ceiling(bench: BitBench) -> float:
+    """Rank correlation of the sum of ``b_l c_l`` with ``c`` fitted to the logarithm of the losses of `bench` itself."""
+    columns = np.c_[bench.vectors.astype(np.float64), np.ones(len(bench))]
+    losses = np.log(np.maximum(-bench.quality, 1e-12))
+    fitted = np.linalg.lstsq(columns, losses, rcond=None)[0]
+    return spearman(-(columns @ fitted), bench.quality)
 
 
 def _ranks(bench: BitBench, proxy: str | ProxyTree, statistics: LayerStatistics) -> dict[str, float]:
@@ -218,24 +239,36 @@ def _checks(table: Sequence[Mapping[str, Any]]) -> tuple[Check, ...]:
         return stats.fmean(values(proxy, column))
 
     hand = {name: mean(name, "rho") for name in BIT_PROXIES}
-    evolved = mean("evolved", "rho")
+    linear = {name: rho for name, rho in hand.items() if name not in CURVED}
     screened = zip(values("search", "evaluated"), values("search", "evaluated without screening"), strict=True)
     diverse = zip(values("search", "forms"), values("search", "forms without diversity"), strict=True)
+    checks = [
+        Check(
+            "evolved: held-out Spearman against the best hand-made that is linear in bits - 0.02",
+            mean("evolved", "rho"),
+            max(linear.values()) - 0.02,
+            ">=",
+        )
+    ]
+    for name in EVOLVED.values():
+        rho, plans = mean(name, "rho"), f"{name}, plans"
+        checks += [
+            Check(f"{name}: held-out Spearman against the best hand-made - 0.02", rho, max(hand.values()) - 0.02, ">="),
+            Check(f"{name}: ... against the median hand-made + 0.10", rho, stats.median(hand.values()) + 0.10, ">="),
+            Check(f"{name}: Spearman on another network", mean(f"{name}, other network", "rho"), 0.5, ">="),
+            Check(
+                f"{name}: loss of the chosen plan against the mean random one",
+                mean(plans, "loss"),
+                mean(plans, "random, mean"),
+            ),
+            Check(
+                f"{name}: share of random plans that are better",
+                mean(plans, "share of random plans that are better"),
+                0.25,
+            ),
+        ]
     return (
-        Check(
-            "held-out Spearman of the evolved proxy against the best hand-made - 0.02",
-            evolved,
-            max(hand.values()) - 0.02,
-            ">=",
-        ),
-        Check(
-            "... against the best hand-made that is linear in bits - 0.02",
-            evolved,
-            max(rho for name, rho in hand.items() if name not in CURVED) - 0.02,
-            ">=",
-        ),
-        Check("... against the median hand-made + 0.10", evolved, stats.median(hand.values()) + 0.10, ">="),
-        Check("Spearman on another network", mean("evolved, other network", "rho"), 0.5, ">="),
+        *checks,
         Check("proxies evaluated in full with screening over without", stats.fmean(a / b for a, b in screened), 0.7),
         Check(
             "best of the same candidates without screening less with it",
@@ -252,8 +285,4 @@ def _checks(table: Sequence[Mapping[str, Any]]) -> tuple[Check, ...]:
         Check(
             "distinct canonical forms with diversity over without", stats.fmean(a / b for a, b in diverse), 1.2, ">="
         ),
-        Check(
-            "loss of the chosen plan against the mean random one", mean("plans", "loss"), mean("plans", "random, mean")
-        ),
-        Check("share of random plans that are better", mean("plans", "share of random plans that are better"), 0.25),
     )

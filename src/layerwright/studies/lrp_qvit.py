@@ -28,12 +28,11 @@ from layerwright.score.relevance.contribution import quantization_noise
 from layerwright.studies._vit import accuracy, calibration_digits, output_divergence, small_vit, unseen_digits
 from layerwright.treat.activations import fit_quantizer
 from layerwright.treat.apply import apply_plan
-from layerwright.treat.migrate import find_norm_readers, migrate_
+from layerwright.treat.migrate import find_norm_readers, migrate_, sample_norms
 from layerwright.treat.reparameterize import (
     channel_params,
     clip_channel_params,
     reparameterize_,
-    sample_norms,
     shared_grid,
 )
 

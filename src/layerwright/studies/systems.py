@@ -280,15 +280,15 @@ SYSTEMS: tuple[System, ...] = (
 
 
 def system(slug: str) -> System:
-    """The entry of that slug.
+    """The entry of that slug; dashes and underscores count alike.
 
     Raises:
         InputError: unknown; close matches are listed.
     """
     found = {item.slug: item for item in SYSTEMS}
-    if slug not in found:
+    if slug.replace("_", "-") not in found:
         raise unknown_name("study", slug, found)
-    return found[slug]
+    return found[slug.replace("_", "-")]
 
 
 def list_systems() -> tuple[System, ...]:

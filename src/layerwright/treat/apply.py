@@ -9,18 +9,27 @@ import torch
 from torch import nn
 
 from layerwright.core.calibration import Calibration, as_calibration, evaluating
-from layerwright.core.errors import PlanError, unknown_name
+from layerwright.core.errors import InputError, PlanError, unknown_name
 from layerwright.core.layer import LayerRef
 from layerwright.core.layers import list_layers, structure_copy
 from layerwright.core.lockstep import Lockstep
 from layerwright.core.memory import peak_memory_bytes
 from layerwright.core.plan import Plan
 from layerwright.core.records import ApplyReport, LayerRecord
-from layerwright.core.treatment import Drop, RoundActivations, RoundAttention, Treatments, weight_treatments
+from layerwright.core.treatment import (
+    Drop,
+    RoundActivations,
+    RoundAttention,
+    RoundCache,
+    Treatments,
+    weight_treatments,
+)
+from layerwright.nn.rounded_cache import round_cache_
 from layerwright.nn.stored import Stored
 from layerwright.score.inputs import UnitInputs, collect_inputs, forwards, units_of
 from layerwright.treat.activations import round_activations_
 from layerwright.treat.drop import drop_blocks
+from layerwright.treat.narrow import add_widths, narrow_unit_, narrowed_parts
 from layerwright.treat.prepare import prepare_
 from layerwright.treat.unit import finish_unit, needs_inputs, treat_unit
 
@@ -77,6 +86,7 @@ def apply_plan(
         layers = {moved[path]: t for path, t in layers.items() if path in moved and path not in dropped}
         names = {new: path for path, new in moved.items()}
     everything = list_layers(copy)
+    parts = narrowed_parts(copy, everything, layers)
     refs = [ref for ref in everything if weight_treatments(layers.get(ref.path, ()))]
     needs = {ref.path: needs_inputs(layers[ref.path]) for ref in refs}
     pending: list[tuple[LayerRef, Stored]] = []
@@ -94,14 +104,20 @@ def apply_plan(
                 if stop.visit == 0:
                     inside = units[stop.path]
                     inputs = collect_inputs(copy, stop, inside, needs)
-                    pending = treat_unit(copy, inside, layers, inputs, report, names=names)
                     done |= {ref.path for ref in inside}
+                    inside, widths = narrow_unit_(copy, inside, parts, layers, inputs, names=names)
+                    pending = treat_unit(copy, inside, layers, inputs, report, names=names)
+                    add_widths(report, widths)
                 if progress:
                     progress(stop.path, len(done), len(refs))
             finish_unit(copy, pending, simulate=simulate)
             refs = [ref for ref in refs if ref.path not in done]
+        refs, widths = narrow_unit_(copy, refs, parts, layers, UnitInputs(), names=names)
         rest = treat_unit(copy, refs, layers, UnitInputs(), report, names=names)
+        add_widths(report, widths)
         finish_unit(copy, rest, simulate=simulate)
+    _round_caches_(copy, everything, layers, report, names)
+    # Ranges of activations are those that follow rounded keys and values.
     if any(isinstance(t, RoundActivations | RoundAttention) for own in layers.values() for t in own):
         if calibration is None:
             raise PlanError("this plan rounds activations: pass calibration data")
@@ -109,3 +125,20 @@ def apply_plan(
     report.seconds = time.perf_counter() - begun
     report.peak_memory_bytes = peak_memory_bytes()
     return copy, report
+
+
+def _round_caches_(
+    model: nn.Module,
+    refs: Iterable[LayerRef],
+    layers: Mapping[str, Treatments],
+    report: ApplyReport,
+    names: Mapping[str, str],
+) -> None:
+    """Round what the planned attention modules hand to their caches, in place."""
+    kinds = {ref.path: ref.kind for ref in refs}
+    found = {path: t for path, own in layers.items() for t in own if isinstance(t, RoundCache)}
+    for path, t in found.items():
+        if kinds[path] != "attention":
+            raise InputError(f"{path}: {t.label()} is for attention modules, this is a {kinds[path]}")
+        round_cache_(model, {path: t.bits})
+        report.add(LayerRecord(names[path], t.label(), "done", "no calibration data needed"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from layerwright.core.errors import InputError
 from layerwright.core.treatment import (
     LowRank,
     MixRows,
+    Narrow,
     Quantize,
     RoundActivations,
     Sparsify,
@@ -24,17 +24,16 @@ from layerwright.nn.quantizer import range_scale
 from layerwright.nn.stored import Stored
 from layerwright.score.statistics import InputStatistics, gram_energy
 from layerwright.treat._pieces import join_counts, merge_rows, split_rows
+from layerwright.treat.checks import check_treatments, needed_statistics
 from layerwright.treat.factorize import low_rank
+from layerwright.treat.narrow import choose_neurons, fitted_columns
 from layerwright.treat.prune import magnitude_mask, removed_weights, sparsegpt, spread_evenly, wanda_mask
 from layerwright.treat.quantize import Factor, Order, factor_notes, gptq_with, mix_rows, prepare, round_to_nearest
 
-__all__ = ["Needs", "check_treatments", "needed_statistics", "relative_error", "treated", "treated_group"]
+__all__ = ["relative_error", "treated", "treated_group"]
 
 CHUNK_NUMEL = 1 << 26
 """Gram elements that are factorised at a time (256 MiB, of which three copies live); at least one matrix."""
-
-Needs = Literal["none", "diagonal", "gram"]
-"""Nothing, diagonal second moments and ranges, or the whole gram of the inputs."""
 
 _FALLBACK = {
     "gptq": "gptq rounds to nearest",
@@ -42,45 +41,6 @@ _FALLBACK = {
     "sparsegpt": "sparsegpt goes by magnitude",
     "activation": "the weight itself is factorised",
 }
-
-
-def needed_statistics(treatments: Treatments) -> Needs:
-    """What `treated` should be given for these treatments."""
-    methods = {getattr(t, "method", "") for t in treatments}
-    if methods & {"gptq", "sparsegpt", "activation"}:
-        return "gram"
-    static = any(isinstance(t, Quantize) and t.act_bits and t.act_mode == "static" for t in treatments)
-    return "diagonal" if static or "wanda" in methods else "none"
-
-
-def check_treatments(treatments: Treatments, out: int, in_: int, name: str = "layer") -> None:
-    """Refuse treatments that do not fit a weight ``(out, in)``.
-
-    Raises:
-        InputError: a group size that does not divide the inputs, a rank that saves nothing, 2:4 with inputs that are
-            no multiple of 4, treatments that exclude each other or are not for weights; names the layer.
-    """
-    kinds = [type(t) for t in treatments]
-    for t in treatments:
-        if not isinstance(t, Quantize | Sparsify | LowRank | MixRows):
-            raise InputError(f"{name}: {t.label()} is not a treatment of a weight")
-        if kinds.count(type(t)) > 1:
-            raise InputError(f"{name}: {describe(treatments)} repeats {t.tag}; give it once")
-        if isinstance(t, Quantize | MixRows) and t.group_size != -1 and in_ % t.group_size:
-            raise InputError(f"{name}: group_size {t.group_size} does not divide its {in_} inputs; use a divisor or -1")
-        if isinstance(t, Sparsify) and t.pattern == "2:4" and in_ % 4:
-            raise InputError(f"{name}: pattern 2:4 needs a multiple of 4 inputs, it has {in_}; use unstructured")
-        if isinstance(t, LowRank) and t.inner >= min(out, in_):
-            raise InputError(f"{name}: rank {t.inner} is not below min{(out, in_)}; use a smaller one")
-    if MixRows in kinds:
-        if len(kinds) > 1:
-            raise InputError(f"{name}: {describe(treatments)} cannot be combined on one layer; choose one")
-        try:
-            next(t for t in treatments if isinstance(t, MixRows)).widths(out)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from error
-    if LowRank in kinds and Sparsify in kinds:
-        raise InputError(f"{name}: low_rank and sparsify cannot be combined on one layer; choose one")
 
 
 @torch.no_grad()
@@ -126,6 +86,8 @@ def treated_group(
     are taken as many at a time as `CHUNK_NUMEL` allows.
     """
     names = names or [f"layer {i}" for i in range(len(weights))]
+    if any(isinstance(t, Narrow) for own in treatments for t in own):
+        return [_narrowed(*job, stats, scale_dtype) for job in zip(names, weights, treatments, strict=True)]
     jobs = [_parse(*job) for job in zip(names, weights, treatments, strict=True)]
     if any(job.mixed is not None for job in jobs):
         return _with_mixed_rows(jobs, stats, scale_dtype)
@@ -228,6 +190,31 @@ def _parse(name: str, weight: Tensor, treatments: Treatments) -> _Job:
     if mixed is not None and len(weight) > 1:
         raise InputError(f"{name}: mix_rows is for one matrix, it has {len(weight)}; use quantize")
     return _Job(name, weight, treatments, low, sparse, quantize, mixed)
+
+
+def _narrowed(
+    name: str, weight: Tensor, treatments: Treatments, stats: InputStatistics | None, scale_dtype: torch.dtype
+) -> tuple[Stored, list[str]]:
+    """`treated` where some layers lose inputs: their columns become zero, dense; the others are treated as usual."""
+    narrow = next((t for t in treatments if isinstance(t, Narrow)), None)
+    if narrow is None:
+        return treated_group([weight], [treatments], stats, scale_dtype=scale_dtype, names=[name])[0]
+    _, out, in_ = weight.shape
+    check_treatments(treatments, out, in_, name)
+    if len(weight) > 1:
+        raise InputError(f"{name}: {narrow.label()} is for one projection, it has {len(weight)} matrices")
+    seen = stats is not None and not stats.only_diagonal and bool((stats.tokens > 0).any())
+    gram = stats.gram[0] if stats is not None and seen else None
+    kept = choose_neurons(weight[0], gram, narrow)
+    columns = fitted_columns(weight[0], gram if narrow.compensate else None, kept)
+    rest = tuple(t for t in treatments if t is not narrow)
+    part = None if stats is None else stats.select(kept)
+    stored, notes = treated_group([columns[None]], [rest], part, scale_dtype=scale_dtype, names=[name])[0]
+    dense = torch.zeros_like(weight, dtype=torch.float32)
+    dense[:, :, kept] = stored.to_dense(torch.float32)
+    if gram is None:
+        notes = [*notes, "never reached by the calibration data: neurons are chosen by magnitude"]
+    return Stored(_shape(weight), dense=dense.to(weight.dtype)), notes
 
 
 def _with_mixed_rows(

@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from layerwright.core.calibration import Calibration, evaluating
 from layerwright.core.errors import InputError
 from layerwright.core.layer import get_parameter
+from layerwright.treat.activations import Samples
 
-__all__ = ["NormReaders", "find_norm_readers", "migrate_", "norm_offset"]
+__all__ = ["NormReaders", "find_norm_readers", "migrate_", "norm_offset", "sample_norms"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,25 @@ def find_norm_readers(model: nn.Module, calibration: Calibration) -> tuple[NormR
             others = tuple(dict.fromkeys(trace.others))
             found.append(NormReaders(path, readers, trace.channels, others, shift))
     return tuple(found)
+
+
+def sample_norms(
+    model: nn.Module, calibration: Calibration, groups: tuple[NormReaders, ...], *, seed: int = 0
+) -> dict[str, Samples]:
+    """Samples of each norm's output, by path of the norm; one pass over the calibration."""
+    found = {group.norm: Samples(seed=seed) for group in groups}
+    handles = [
+        model.get_submodule(path).register_forward_hook(lambda _m, _a, output, s=samples: s.update(output))
+        for path, samples in found.items()
+    ]
+    try:
+        with torch.no_grad(), evaluating(model):
+            for batch in calibration:
+                calibration.forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 @torch.no_grad()
@@ -263,10 +283,15 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 def unchanged(model: nn.Module, calibration: Calibration, tolerance: float = 1e-3) -> Iterator[None]:
     """Context: what happens inside must not change what `model` computes on the first calibration batch.
 
+    Weights that change place are rounded anew, so that in bfloat16 and float16 four roundings are allowed where they are
+    more than `tolerance`.
+
     Raises:
         InputError: the output moved by more than `tolerance` of its size.
     """
     batch = next(iter(calibration))
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    tolerance = max([tolerance, *(4 * torch.finfo(dtype).eps for dtype in dtypes)])
     with torch.no_grad(), evaluating(model):
         before = _first(calibration.forward(model, batch)).double()
         yield

@@ -16,19 +16,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from layerwright.core.calibration import Calibration, evaluating
+from layerwright.core.calibration import Calibration
 from layerwright.core.errors import InputError
 from layerwright.nn.quantizer import grid
-from layerwright.treat.activations import Samples
 from layerwright.treat.activations.ranges import PERCENTILES
-from layerwright.treat.migrate import NormReaders, find_norm_readers, migrate_, unchanged
+from layerwright.treat.migrate import NormReaders, find_norm_readers, migrate_, sample_norms, unchanged
 
 __all__ = [
     "channel_params",
     "clip_channel_params",
     "reparameterize_",
     "reparameterize_norm_",
-    "sample_norms",
     "shared_grid",
 ]
 
@@ -164,25 +162,6 @@ def reparameterize_norm_(
     divisor, offset, step, common = shared_grid(scale, zero)
     migrate_(model, group, divisor, offset if shift else None)
     return step, common
-
-
-def sample_norms(
-    model: nn.Module, calibration: Calibration, groups: tuple[NormReaders, ...], *, seed: int = 0
-) -> dict[str, Samples]:
-    """Samples of each norm's output, by path of the norm; one pass over the calibration."""
-    found = {group.norm: Samples(seed=seed) for group in groups}
-    handles = [
-        model.get_submodule(path).register_forward_hook(lambda _m, _a, output, s=samples: s.update(output))
-        for path, samples in found.items()
-    ]
-    try:
-        with torch.no_grad(), evaluating(model):
-            for batch in calibration:
-                calibration.forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def reparameterize_(

@@ -1,8 +1,9 @@
-"""Even out the channels that a norm hands on, by its readers' weights or by a logarithm."""
+"""Even out the channels that a norm hands on, by its readers' weights or by a logarithm; everywhere, or where it helps."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,15 @@ from torch import Tensor, nn
 from layerwright.core.calibration import Calibration, evaluating
 from layerwright.core.errors import InputError
 from layerwright.core.layer import get_parameter
-from layerwright.treat.migrate import NormReaders, find_norm_readers, migrate_, unchanged
+from layerwright.nn.quantizer import fake_quantize, find_scale, grid, mse_clip
+from layerwright.treat.activations import Samples, fit_quantizer
+from layerwright.treat.migrate import NormReaders, find_norm_readers, migrate_, sample_norms, unchanged
 
-__all__ = ["channel_ranges", "log_factors", "smooth_"]
+__all__ = ["channel_ranges", "log_factors", "reader_error", "smooth_"]
+
+LEAST_GAIN = 0.25
+"""Share of the error that a change must take away to be made, where norms are judged one by one: what wins a few percent
+of one layer's error is as likely to lose in the whole network."""
 
 
 def channel_ranges(
@@ -52,17 +59,20 @@ def smooth_(
     rule: Literal["balance", "log", "none"] = "balance",
     alpha: float = 0.5,
     shift: bool | Literal["auto"] = False,
+    judge_bits: int | None = None,
 ) -> list[str]:
     """Move channel ranges from activations into weights, for every norm whose readers allow it.
 
     Args:
         model: changed in place (parameters are replaced); its function stays.
         calibration: gives the ranges.
-        seed: nothing is random here.
+        seed: of the sample that norms are judged on.
         rule: `balance` divides by ``max|x|**alpha / max|W|**(1 - alpha)`` (Xiao et al., 2023, SmoothQuant); `log` by
             ``m / log2(2 + m)`` for a channel's largest size `m` (Li et al., 2023, FPTQ); `none` only shifts.
         alpha: share of the range that moves, 0 to 1.
         shift: also centre each channel (Tai and Wu, 2024, MPTQ-ViT); `auto` where the norm can.
+        judge_bits: None changes every norm. With a number, a norm gets both, the shift alone, the factors alone or
+            nothing, whichever leaves its readers' outputs the least error at that many bits (`reader_error`).
 
     Returns:
         One sentence for each norm.
@@ -72,6 +82,8 @@ def smooth_(
     """
     if rule not in ("balance", "log", "none") or not 0 <= alpha <= 1:
         raise InputError(f"smooth: got rule {rule!r}, alpha {alpha}; expected balance, log or none, and 0 to 1")
+    if judge_bits is not None:
+        grid(judge_bits)  # refuses what is no width
     found = find_norm_readers(model, calibration)
     groups = tuple(group for group in found if not group.others)
     if not groups:
@@ -79,18 +91,81 @@ def smooth_(
             f"smooth: no norm whose output only goes into linear layers{_first_reason(found)}; this model cannot be smoothed"
         )
     ranges = channel_ranges(model, calibration, groups)
+    samples = sample_norms(model, calibration, groups, seed=seed) if judge_bits is not None else {}
     notes = []
     with unchanged(model, calibration):
         for group in groups:
-            low, high = ranges[group.norm]
-            moved = (high + low) / 2 if shift and group.shift else None
             if shift is True and not group.shift:
                 raise InputError(f"{group.norm}: its output cannot be shifted (no bias, or padded); use shift: auto")
-            size = torch.maximum(low.abs(), high.abs()) if moved is None else (high - low) / 2
-            migrate_(model, group, _factors(model, group, size, rule, alpha), moved)
-            words = "shifted and smoothed" if moved is not None else "smoothed"
+            forms = _forms(model, group, ranges[group.norm], rule, alpha, bool(shift and group.shift))
+            words = next(iter(forms))
+            if judge_bits is not None:
+                words = _least_error(model, group, samples[group.norm].values(group.norm), judge_bits, forms)
+            if words == "left":
+                notes.append(f"{group.norm}: left as it is")
+                continue
+            migrate_(model, group, *forms[words])
             notes.append(f"{group.norm}: {words} into {', '.join(group.readers)}")
     return notes
+
+
+_Form = tuple[Tensor, Tensor | None]
+"""Factors and shift of a norm's channels."""
+
+
+def _forms(
+    model: nn.Module, group: NormReaders, ends: tuple[Tensor, Tensor], rule: str, alpha: float, shift: bool
+) -> dict[str, _Form]:
+    """What may be done with one norm, in words; the whole of what is asked for comes first."""
+    low, high = ends
+    found: dict[str, _Form] = {}
+    if shift:
+        middle = (high + low) / 2
+        found["shifted and smoothed"] = _factors(model, group, (high - low) / 2, rule, alpha), middle
+        found["shifted"] = torch.ones_like(low), middle
+    found["smoothed"] = _factors(model, group, torch.maximum(low.abs(), high.abs()), rule, alpha), None
+    return found
+
+
+def _least_error(model: nn.Module, group: NormReaders, x: Tensor, bits: int, forms: Mapping[str, _Form]) -> str:
+    """What to do with one norm; a change that does not take `LEAST_GAIN` of the error away is not made."""
+    errors = {words: reader_error(model, group, x, bits, *form) for words, form in forms.items()}
+    best = min(errors, key=lambda words: errors[words])
+    plain = reader_error(model, group, x, bits, torch.ones(group.channels))
+    return best if errors[best] < (1 - LEAST_GAIN) * plain else "left"
+
+
+@torch.no_grad()
+def reader_error(
+    model: nn.Module, group: NormReaders, x: Tensor, bits: int, scale: Tensor, shift: Tensor | None = None
+) -> float:
+    """Relative squared error of what a norm's readers give when their inputs and weights have `bits` bits.
+
+    Inputs get one asymmetric range for the tensor, weights a symmetric one per output channel, both of least squared
+    error, after `scale` and `shift` have moved from the norm into the readers.
+
+    Args:
+        model: left as it is.
+        group: from `find_norm_readers`.
+        x: ``(tokens, channels)`` of the norm's output.
+        bits: 2 to 8.
+        scale, shift: see `migrate_`.
+    """
+    moved = (x if shift is None else x - shift) / scale
+    samples = Samples(numel=x.numel(), rows=len(x))
+    samples.update(moved)
+    rounded = fit_quantizer(samples, bits, group.norm)(moved)
+    error = total = 0.0
+    for path in group.readers:
+        weight = get_parameter(model, f"{path}.weight").detach().float()
+        weight = weight if isinstance(model.get_submodule(path), nn.Linear) else weight.T
+        grown = weight * scale
+        grids = find_scale(grown, bits, clip=mse_clip(grown, bits))
+        # The shift comes back through the reader's bias, which is not rounded.
+        off = rounded @ fake_quantize(grown, *grids, bits).T - moved @ grown.T
+        error += float(off.square().sum())
+        total += float((x @ weight.T).square().sum())
+    return error / max(total, 1e-30)
 
 
 def log_factors(size: Tensor) -> Tensor:

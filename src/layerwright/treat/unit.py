@@ -16,7 +16,8 @@ from layerwright.nn.replace import replace_
 from layerwright.nn.stored import Stored
 from layerwright.score.inputs import UnitInputs
 from layerwright.score.statistics import InputStatistics
-from layerwright.treat.compute import needed_statistics, relative_error, treated_group
+from layerwright.treat.checks import needed_statistics
+from layerwright.treat.compute import relative_error, treated_group
 from layerwright.treat.factorize import ConvChain, chosen_factor, factor_conv_, place_chain_
 
 __all__ = ["finish_unit", "needs_inputs", "treat_unit"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from layerwright.core.calibration import Calibration, as_calibration, evaluating
-from layerwright.core.errors import InputError
+from layerwright.core.errors import InputError, unknown_name
 from layerwright.nn.quantized import QuantConv, QuantLinear
 from layerwright.nn.stored import Stored
 from layerwright.tune._absorb import absorb_biases_
@@ -64,6 +64,7 @@ def adaquant_tuner(
     iters: int = 1000,
     batch_size: int = 50,
     mode: Literal["parallel", "sequential"] = "parallel",
+    start: Literal["weights", "plan"] = "weights",
     passes: int = 1,
     epochs: int = 10,
 ) -> nn.Module:
@@ -71,12 +72,19 @@ def adaquant_tuner(
 
     The two repairs are kept only if they lowered the divergence from the teacher on the calibration.
 
-    Layers with asymmetric codes per channel are fitted anew from the teacher's weights; others (groups, symmetric, or
-    inside of something else than a plain layer) only take part in the two repairs that follow.
+    Layers with asymmetric codes per channel are fitted; others (groups, symmetric, or inside of something else than a
+    plain layer) only take part in the two repairs that follow.
+
+    Args:
+        start: ``weights`` fits anew from the teacher's weights with ranges of least squared error, as published;
+            ``plan`` goes on from the codes and ranges of `model`, such as those of GPTQ, and keeps them in a layer
+            where no step lowered the error on the samples that are kept back.
 
     Raises:
-        InputError: no teacher, or no quantized layers.
+        InputError: no teacher, no quantized layers, or an unknown `start`.
     """
+    if start not in ("weights", "plan"):
+        raise unknown_name("start", str(start), ("weights", "plan"), "adaquant")
     source = _known(teacher)
     data = as_calibration(calibration)
     tuned = copy.deepcopy(model)
@@ -85,6 +93,8 @@ def adaquant_tuner(
     if fitted:
         bits: dict[str, tuple[int, int | None]] = {path: (m.quantize.bits, None) for path, m in fitted.items()}
         fake = quantize_layers(source, data, bits)
+        for path, module in fitted.items() if start == "plan" else ():
+            _read(module, fake.get_submodule(path))
         AdaQuant(iters=iters, batch_size=batch_size, mode=mode, seed=seed).fit(fake, data)
         for path, module in fitted.items():
             layer = fake.get_submodule(path)
@@ -126,6 +136,17 @@ def _fits(module: QuantLinear | QuantConv, source: nn.Module | None) -> bool:
     quantize = module.quantize
     plain = type(source) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return plain and not quantize.symmetric and quantize.act_bits is None and module.weight_scale.shape[-1] == 1
+
+
+@torch.no_grad()
+def _read(module: QuantLinear | QuantConv, layer: nn.Module) -> None:
+    """Let the fit start from the codes and ranges of `module`: signed codes move up by half the grid."""
+    assert isinstance(layer, FakeQuantized) and module.weight_zero is not None
+    levels, half = (1 << layer.weight_bits) - 1, 1 << (layer.weight_bits - 1)
+    scale = module.weight_scale.float().flatten()
+    layer.weight.copy_(module.matrix().float().reshape(layer.weight.shape))
+    layer.weight_range.copy_(scale * levels)
+    layer.weight_low.copy_(-(module.weight_zero.float().flatten() + half) * scale)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from layerwright.score.proxies import (
     BIT_PROXIES,
     ProxyTree,
     as_proxy,
+    bit_weights,
     bundled_proxy,
     emq,
     layer_statistics,
@@ -44,6 +45,21 @@ def test_the_scorer_is_registered_and_gives_damages_that_fall_with_bits(tmp_path
         assert own[0] >= own[1] >= own[2] == 0.0
     assert scores.meta["loss_units"] is False and scores.meta["proxy"] == bundled_proxy().to_string()
     assert Scores.load(scores.save(tmp_path)) == scores
+
+
+def test_the_mean_hessian_weighted_by_rounding_errors_is_hawq2() -> None:
+    model, data, refs = two_layers()
+    statistics = layer_statistics(model, data, refs, ("H", "W"))
+    mine = as_proxy("noop(H)", "rounding").gains(statistics, WIDTHS)
+    np.testing.assert_allclose(mine, BIT_PROXIES.get("hawq2").gains(statistics, WIDTHS), rtol=1e-6)
+    assert (np.diff(bit_weights(statistics, WIDTHS, "rounding"), axis=1) > 0).all()
+    np.testing.assert_array_equal(bit_weights(statistics, WIDTHS), [WIDTHS] * len(refs))
+    scores = emq(subject(), "noop(H)", weighting="rounding")
+    assert scores.damage(refs[0].path, (Quantize(2),)) >= scores.damage(refs[0].path, (Quantize(3),)) >= 0
+    with pytest.raises(InputError, match="snip is a proxy of its own form"):
+        emq(subject(), "snip", weighting="rounding")
+    with pytest.raises(InputError, match="weighting"):
+        bit_weights(statistics, WIDTHS, "errors")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("proxy", [*BIT_PROXIES, "product(abs(G), abs(W))", "V"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ from layerwright.score.proxies import BitBench, ProxyTree, as_proxy, evolve_prox
 from layerwright.score.proxies.search import Judge, Table, crossover, distance, mutate, random_proxy
 from layerwright.score.proxies.search.genetics import OperationOdds
 from layerwright.score.proxies.search.screening import WORST
+from layerwright.score.proxies.weighting import rounding_errors
 from oracles.proxies import made_up
 
 STATISTICS = made_up(5)
@@ -46,6 +48,28 @@ def test_evolution_finds_what_the_table_was_made_of() -> None:
     assert spearman(scores, BENCH.quality) == pytest.approx(found.fitness, abs=1e-3)
     unseen = bench(seed=1)
     assert spearman(np.array([found.best(STATISTICS, b) for b in unseen.records]), unseen.quality) > 0.7
+
+
+def test_rounding_errors_in_place_of_bits() -> None:
+    """A table made of a statistic and the rounding errors is found with that weighting, and not by factors of bits."""
+    whole = dataclasses.replace(STATISTICS, weights=tuple(w.unsqueeze(0) for w in STATISTICS.lists["W"]))
+    errors = rounding_errors(whole, (2, 3, 4))
+    slopes = np.array([float(g.abs().mean()) for g in STATISTICS.lists["G"]])
+    layers = np.arange(len(errors))
+    records = {bits: float(slopes @ errors[layers, np.array(bits) - 2]) for bits in BENCH.records}
+    table = BitBench(STATISTICS.paths, records)
+    found = evolve_proxy(table, whole, iterations=60, population=12, samples=None, weighting="rounding")
+    assert found.best.weighting == found.settings["weighting"] == "rounding"
+    assert found.fitness > 0.95
+    scores = np.array([found.best(whole, bits) for bits in records])
+    assert spearman(scores, table.quality) == pytest.approx(found.fitness, abs=1e-3)
+    plain = dataclasses.replace(found.best, weighting="bits")
+    assert spearman(np.array([plain(whole, bits) for bits in records]), table.quality) < found.fitness
+    assert ProxyTree.from_genotype(json.loads(json.dumps(found.best.genotype()))) == found.best
+    with pytest.raises(InputError, match="whole weights"):
+        evolve_proxy(table, STATISTICS, weighting="rounding")
+    with pytest.raises(InputError, match="weighting"):
+        evolve_proxy(table, whole, weighting="error")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("structure", ["linear", "tree", "dag"])

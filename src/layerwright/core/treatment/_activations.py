@@ -1,4 +1,4 @@
-"""Treatments that round what a layer reads."""
+"""Treatments that round what a layer reads, and what attention keeps of earlier tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from layerwright.core.errors import InputError
 from layerwright.core.treatment._base import Treatment, check_width, known
 
-__all__ = ["RoundActivations", "RoundAttention"]
+__all__ = ["RoundActivations", "RoundAttention", "RoundCache"]
 
 
 @known
@@ -74,3 +74,28 @@ class RoundAttention(Treatment):
         """A short name for tables and charts."""
         key = "" if self.key_bits in (None, self.bits) else f"/{self.key_bits}"
         return f"attention a{self.bits}{key} {self.probabilities}"
+
+
+@known
+@dataclass(frozen=True)
+class RoundCache(Treatment):
+    """Round the keys and values that an attention module hands to its cache, with a scale for each token and head.
+
+    The scales come with the tokens, so that nothing is stored and no calibration is needed (Liu et al., 2023, LLM-QAT;
+    Yu et al., 2024, EDGE-LLM). Values are rounded where they enter the cache and kept in the model's own dtype.
+
+    Attributes:
+        bits: 2 to 8.
+    """
+
+    tag: ClassVar[str] = "cache"
+    rank: ClassVar[int] = 40
+    scope: ClassVar[Literal["weight", "block", "attention"]] = "attention"
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        check_width(self.bits)
+
+    def label(self) -> str:
+        """A short name for tables and charts."""
+        return f"cache int{self.bits}"

@@ -12,16 +12,20 @@ from layerwright.score.proxies.handmade import BIT_PROXIES, BitProxy
 from layerwright.score.proxies.scorer import as_proxy, bundled_proxy, emq, proxy_damages
 from layerwright.score.proxies.search import EvolvedProxy, evolve_proxy
 from layerwright.score.proxies.statistics import STATISTICS, LayerStatistics, layer_statistics
+from layerwright.score.proxies.weighting import WEIGHTINGS, Weighting, bit_weights
 
 __all__ = [
     "BIT_PROXIES",
     "STATISTICS",
+    "WEIGHTINGS",
     "BitBench",
     "BitProxy",
     "EvolvedProxy",
     "LayerStatistics",
     "ProxyTree",
+    "Weighting",
     "as_proxy",
+    "bit_weights",
     "bundled_proxy",
     "emq",
     "evolve_proxy",

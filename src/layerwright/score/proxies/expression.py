@@ -14,6 +14,7 @@ from torch import Tensor
 from layerwright.core.errors import InputError, unknown_name
 from layerwright.score.proxies.operations import BINARY, COMMUTATIVE, NOT_NEGATIVE, UNARY, apply_operation, arity
 from layerwright.score.proxies.statistics import STATISTICS, LayerStatistics
+from layerwright.score.proxies.weighting import WEIGHTINGS, Weighting, bit_weights
 
 __all__ = ["STRUCTURES", "ProxyTree", "Step", "Structure"]
 
@@ -34,12 +35,14 @@ _TREE = ((0,), (2,), (1,), (4,), (3, 5))
 class ProxyTree:
     """A score of a layer that gets ``b`` bits: ``b`` times the mean of an expression over the layer's statistics.
 
-    The value of a vector of bits is the sum over layers, so it is linear in the bits (Dong et al., EMQ, 2023).
+    The value of a vector of bits is the sum over layers, so it is linear in the bits (Dong et al., EMQ, 2023). With
+    the weighting ``rounding``, minus the rounding error of the layer's weights takes the place of ``b``.
 
     Attributes:
         structure: how the steps are wired.
         inputs: names of statistics; see `LayerStatistics`.
         steps: operations in order; the last one is the result.
+        weighting: how bits enter; see `bit_weights`.
 
     Raises:
         InputError: unknown names, a step that reads a node that is not there yet, a wiring that is not the structure's.
@@ -48,8 +51,11 @@ class ProxyTree:
     structure: Structure
     inputs: tuple[str, ...]
     steps: tuple[Step, ...]
+    weighting: Weighting = "bits"
 
     def __post_init__(self) -> None:
+        if self.weighting not in WEIGHTINGS:
+            raise unknown_name("weighting", str(self.weighting), WEIGHTINGS, "a proxy")
         if self.structure not in STRUCTURES:
             raise unknown_name("structure", str(self.structure), STRUCTURES, "a proxy")
         if not self.inputs:
@@ -95,7 +101,7 @@ class ProxyTree:
 
     def gains(self, statistics: LayerStatistics, widths: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
         """``(layers, widths)`` what each layer adds to the score at each width."""
-        return np.outer(self.layer_values(statistics), np.asarray(widths, dtype=np.float64))
+        return self.layer_values(statistics)[:, None] * bit_weights(statistics, widths, self.weighting)
 
     def __call__(self, statistics: LayerStatistics, bits: Sequence[int]) -> float:
         """The score of one vector of bits; higher promises better.
@@ -105,7 +111,9 @@ class ProxyTree:
         """
         if len(bits) != len(statistics):
             raise InputError(f"bits: got {len(bits)} numbers, expected one for each of {len(statistics)} layers")
-        return float(np.dot(self.layer_values(statistics), np.asarray(bits, dtype=np.float64)))
+        widths = sorted(set(bits))
+        gains, places = self.gains(statistics, widths), np.searchsorted(widths, np.asarray(bits))
+        return float(gains[np.arange(len(gains)), places].sum())
 
     # -- forms ----------------------------------------------------------------------------------------------------
 
@@ -118,7 +126,8 @@ class ProxyTree:
             names = [names[:2], names[2:4], names[4]]
         elif self.structure == "dag":
             names = [[name, *sources] for name, sources in self.steps]
-        return {"structure": self.structure, "input": list(self.inputs), "op": names}
+        weighting = {} if self.weighting == "bits" else {"weighting": self.weighting}
+        return {"structure": self.structure, "input": list(self.inputs), "op": names, **weighting}
 
     @classmethod
     def from_genotype(cls, data: Any) -> ProxyTree:
@@ -140,7 +149,7 @@ class ProxyTree:
                 steps = tuple((str(name), (number,)) for number, name in enumerate(names))
         except (TypeError, ValueError) as error:
             raise InputError(f"genotype: {names!r} is no list of operations of a {structure} ({error})") from error
-        return cls(structure, inputs, steps)
+        return cls(structure, inputs, steps, data.get("weighting", "bits"))
 
     def to_string(self) -> str:
         """Nested calls, such as ``product(abs(noop(G)), log(square(W)))``."""

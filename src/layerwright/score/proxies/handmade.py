@@ -12,8 +12,9 @@ import torch
 
 from layerwright.core.errors import InputError
 from layerwright.core.registry import Registry
-from layerwright.nn.quantizer import dequantize, find_scale, mse_clip, quantize
+from layerwright.nn.quantizer import find_scale, quantize
 from layerwright.score.proxies.statistics import LayerStatistics
+from layerwright.score.proxies.weighting import rounding_errors
 
 __all__ = ["BIT_PROXIES", "BitProxy", "Gains"]
 
@@ -83,7 +84,7 @@ def _hawq(statistics: LayerStatistics, widths: Sequence[int]) -> Gains:
 def _hawq2(statistics: LayerStatistics, widths: Sequence[int]) -> Gains:
     """``-tr(H) / n |Q_b(W) - W|^2`` (HAWQ-V2, Dong et al., 2020)."""
     traces = np.array(_means(statistics.tensors("H")))
-    return -traces[:, None] * _rounding_errors(statistics, widths)
+    return -traces[:, None] * rounding_errors(statistics, widths)
 
 
 @_add("qe", "A")
@@ -127,15 +128,3 @@ def _bops(statistics: LayerStatistics, widths: Sequence[int], act_bits: int = 8)
     """Bit operations of a sample: ``positions n b_w b_a``."""
     macs = [p * n * act_bits for p, n in zip(statistics.positions, statistics.numel, strict=True)]
     return _weighted(macs, widths)
-
-
-def _rounding_errors(statistics: LayerStatistics, widths: Sequence[int]) -> Gains:
-    """``(layers, widths)`` of ``|Q_b(W) - W|^2``, one scale per output channel with the range of least squared error."""
-    errors = np.empty((len(statistics), len(widths)))
-    for layer, weight in enumerate(statistics.weights):
-        w = weight.float()
-        for column, bits in enumerate(widths):
-            scale, zero = find_scale(w, bits, clip=mse_clip(w, bits))
-            rounded = dequantize(quantize(w, scale, zero, bits), scale, zero)
-            errors[layer, column] = float((rounded - w).double().square().sum())
-    return errors

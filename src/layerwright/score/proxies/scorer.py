@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from layerwright.score.base import Subject
 from layerwright.score.proxies.expression import ProxyTree
 from layerwright.score.proxies.handmade import BIT_PROXIES, BitProxy, Gains
 from layerwright.score.proxies.statistics import STATISTICS, layer_statistics
+from layerwright.score.proxies.weighting import Weighting
 
 __all__ = ["as_proxy", "bundled_proxy", "emq", "proxy_damages"]
 
@@ -30,14 +32,16 @@ def bundled_proxy() -> ProxyTree:
     return ProxyTree.from_genotype(json.loads(_BUNDLED.read_text())["genotype"])
 
 
-def as_proxy(proxy: str | Path | ProxyTree | BitProxy) -> BitProxy:
+def as_proxy(proxy: str | Path | ProxyTree | BitProxy, weighting: Weighting | None = None) -> BitProxy:
     """A proxy by name (``emq`` for the bundled one, or hand-made), by expression, or by file of a finished search.
 
+    `weighting` replaces the way in which bits enter an expression (see `bit_weights`); None leaves it.
+
     Raises:
-        InputError: none of these; FileNotFoundError: no such file.
+        InputError: none of these, or a weighting for a hand-made proxy; FileNotFoundError: no such file.
     """
     if isinstance(proxy, BitProxy):
-        return proxy
+        return _unweighted(proxy, weighting)
     if isinstance(proxy, ProxyTree):
         tree = proxy
     elif str(proxy) == "emq":
@@ -47,9 +51,17 @@ def as_proxy(proxy: str | Path | ProxyTree | BitProxy) -> BitProxy:
     elif "(" in str(proxy) or str(proxy) in STATISTICS:
         tree = ProxyTree.from_string(str(proxy))
     else:
-        return BIT_PROXIES.get(str(proxy))
+        return _unweighted(BIT_PROXIES.get(str(proxy)), weighting)
+    if weighting is not None:
+        tree = dataclasses.replace(tree, weighting=weighting)
     needs = tuple(dict.fromkeys(part for name in tree.inputs for part in (("G", "W") if name == "GW" else (name,))))
     return BitProxy(tree.to_string(), needs, tree.gains)
+
+
+def _unweighted(proxy: BitProxy, weighting: Weighting | None) -> BitProxy:
+    if weighting is not None:
+        raise InputError(f"weighting: {proxy.name} is a proxy of its own form; leave the weighting out")
+    return proxy
 
 
 def _read_file(path: Path) -> ProxyTree:
@@ -62,7 +74,12 @@ def _read_file(path: Path) -> ProxyTree:
 
 
 def emq(
-    subject: Subject, proxy: str | Path | ProxyTree | BitProxy = "emq", *, samples: int = 64, limit: int = 1 << 17
+    subject: Subject,
+    proxy: str | Path | ProxyTree | BitProxy = "emq",
+    *,
+    weighting: Weighting | None = None,
+    samples: int = 64,
+    limit: int = 1 << 17,
 ) -> Scores:
     """Damages from a proxy of bit vectors, without treating a weight (Dong et al., EMQ, 2023, arXiv 2307.10554).
 
@@ -70,7 +87,7 @@ def emq(
     rank choices, and leaving a layer alone counts like the widest candidate. See `proxy_damages`.
 
     Args:
-        proxy: see `as_proxy`.
+        proxy, weighting: see `as_proxy`.
         samples: samples of the calibration that statistics are measured on.
         limit: numbers of a statistic that are kept per layer.
 
@@ -78,7 +95,7 @@ def emq(
         InputError: a candidate that is not a quantization, or what `layer_statistics` refuses.
     """
     begun = time.perf_counter()
-    chosen = as_proxy(proxy)
+    chosen = as_proxy(proxy, weighting)
     refs = [ref for ref in subject.layers if subject.candidates.get(ref.path)]
     widths = sorted({_bits(t, ref.path) for ref in refs for t in subject.candidates[ref.path]})
     damages: dict[tuple[str, Treatments], float] = {}

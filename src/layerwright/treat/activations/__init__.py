@@ -6,6 +6,7 @@ from layerwright.treat.activations._rounding import round_activations_
 from layerwright.treat.activations._samples import Samples
 from layerwright.treat.activations.ranges import (
     fit_log,
+    fit_power_of_two,
     fit_quantizer,
     fit_two_regions,
     fit_uniform,
@@ -16,6 +17,7 @@ from layerwright.treat.activations.ranges import (
 __all__ = [
     "Samples",
     "fit_log",
+    "fit_power_of_two",
     "fit_quantizer",
     "fit_two_regions",
     "fit_uniform",

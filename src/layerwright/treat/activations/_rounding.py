@@ -19,9 +19,10 @@ from layerwright.core.treatment import RoundActivations, RoundAttention, Treatme
 from layerwright.nn.activation import ActivationQuantizer, InputQuantizer
 from layerwright.nn.attached import Attachment
 from layerwright.nn.attention_products import OPERANDS, AttentionProducts
+from layerwright.score.gradients import output_gradients
 from layerwright.score.inputs import forwards
 from layerwright.treat.activations._samples import Samples
-from layerwright.treat.activations.ranges import fit_quantizer
+from layerwright.treat.activations.ranges import Observer, fit_quantizer
 
 __all__ = ["round_activations_"]
 
@@ -68,6 +69,8 @@ def round_activations_(
     if not sites:
         return done
     units = _units(model, sites)
+    guided = [site.ref for site in sites if site.linear is not None and _observer(site.linear) == "hessian"]
+    moments = {p: g.moment for p, g in output_gradients(model, calibration, guided).items()} if guided else {}
     with torch.no_grad(), evaluating(model):
         for stop in Lockstep(model, list(units), forwards(model, calibration)):
             if stop.visit:
@@ -77,7 +80,7 @@ def round_activations_(
                 for call in stop.calls:
                     stop.run(call)
             for site in units[stop.path]:
-                quantizer = _fit(model, site, samples[site.path])
+                quantizer = _fit(model, site, samples[site.path], moments.get(site.path))
                 quantizer.attach_(model.get_submodule(site.path))
                 device = next((t.device for t in model.get_submodule(site.path).parameters()), torch.device("cpu"))
                 quantizer.to(device).train(model.training)
@@ -95,7 +98,7 @@ def _site(ref: LayerRef, treatments: Treatments) -> _Site | None:
         return None
     if attention is not None and ref.kind != "attention":
         raise InputError(f"{ref.path}: {attention.label()} is for attention modules, this is a {ref.kind}")
-    if linear is not None and ref.layout not in ("linear", "conv1d", "conv"):
+    if linear is not None and ref.layout not in ("linear", "conv1d", "conv") and ref.kind != "norm":
         raise InputError(f"{ref.path}: the activations of a {ref.kind} cannot be rounded; leave it out")
     if linear is not None and linear.share != "tensor" and ref.layout == "conv":
         raise InputError(f"{ref.path}: a convolution's input has one range; got share: {linear.share}, use tensor")
@@ -118,6 +121,10 @@ def _units(model: nn.Module, sites: Sequence[_Site]) -> dict[str, list[_Site]]:
 def _new_samples(site: _Site, seed: int) -> dict[str, Samples]:
     names = OPERANDS if site.attention is not None else ("input",)
     return {name: Samples(seed=seed) for name in names}
+
+
+def _observer(treatment: RoundActivations) -> Observer:
+    return treatment.observer
 
 
 class _Watching(ExitStack):
@@ -156,10 +163,12 @@ class _Watcher(AttentionProducts):
         return x
 
 
-def _fit(model: nn.Module, site: _Site, samples: Mapping[str, Samples]) -> Attachment:
+def _fit(model: nn.Module, site: _Site, samples: Mapping[str, Samples], moment: Tensor | None) -> Attachment:
     if site.linear is not None:
         t = site.linear
-        weight = read_matrix(model, site.ref)[0] if t.observer == "output" and site.ref.layout != "conv" else None
+        observer = _observer(t)
+        reads = observer in ("output", "hessian") and site.ref.layout in ("linear", "conv1d")
+        weight = read_matrix(model, site.ref)[0] if reads else None
         quantizer = fit_quantizer(
             samples["input"],
             t.bits,
@@ -167,8 +176,9 @@ def _fit(model: nn.Module, site: _Site, samples: Mapping[str, Samples]) -> Attac
             kind=t.grid,
             share=t.share,
             symmetric=t.symmetric,
-            observer=t.observer,
+            observer=observer,
             weight=weight,
+            moment=moment,
         )
         return InputQuantizer(quantizer)
     a = site.attention

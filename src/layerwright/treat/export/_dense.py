@@ -11,13 +11,17 @@ from torch import Tensor, nn
 from layerwright.core.checkpoint import build_empty
 from layerwright.core.errors import InputError
 from layerwright.core.layers import structure_copy
+from layerwright.nn.attached import Attachment, detach_
 from layerwright.nn.conv_settings import ConvSettings
 from layerwright.nn.experts import ExpertStack
+from layerwright.nn.factorized import FactorizedConv
 from layerwright.nn.low_rank import LowRankConv, LowRankLinear
-from layerwright.nn.quantized import QuantConv, QuantEmbedding, QuantLinear
+from layerwright.nn.quantized import QuantConv, QuantEmbedding
 from layerwright.nn.replace import structure_of
-from layerwright.nn.sparse import SparseConv, SparseLinear
+from layerwright.nn.sparse import SparseConv
 from layerwright.nn.tied import Tied
+from layerwright.nn.treated import TreatedLinear
+from layerwright.treat.export._chain import chain_kernel, chain_settings
 
 __all__ = ["dense_copy", "original_layers", "tied_apart"]
 
@@ -26,7 +30,7 @@ __all__ = ["dense_copy", "original_layers", "tied_apart"]
 def dense_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` in which every treated layer is the plain layer again, with the weight it computed with.
 
-    Untreated tensors are shared. Activations that a layer rounded to integers are no longer rounded. Layers of a
+    Untreated tensors are shared. What layers, attention and caches rounded as it came is no longer rounded. Layers of a
     model with a Hugging Face configuration get back the class that the configuration asks for, others a plain
     ``nn.Linear``, convolution or ``nn.Embedding``. Memory: the dense weights of the treated layers.
 
@@ -38,10 +42,13 @@ def dense_copy(model: nn.Module) -> nn.Module:
         return model
     result = structure_copy(model)
     originals = original_layers(model)
-    for path in sorted(structure, key=lambda path: isinstance(model.get_submodule(path), Tied)):
+    for path in sorted(structure, key=lambda path: _turn(model.get_submodule(path))):
         treated = model.get_submodule(path)
         owner_path, _, name = path.rpartition(".")
         owner = result.get_submodule(owner_path)
+        if isinstance(treated, Attachment):
+            detach_(owner, name)
+            continue
         if isinstance(treated, ExpertStack):
             delattr(owner, name)
             owner.register_parameter(name, nn.Parameter(treated.dense().contiguous(), requires_grad=False))
@@ -81,10 +88,17 @@ def tied_apart(model: nn.Module) -> bool:
     return getattr(head, "weight", None) is not getattr(table, "weight", None)
 
 
+def _turn(module: nn.Module) -> int:
+    """Attachments go while their owners are there, ties come when what they refer to is plain."""
+    return 0 if isinstance(module, Attachment) else 2 if isinstance(module, Tied) else 1
+
+
 def _dense_weight(module: nn.Module) -> Tensor:
     """The weight in the orientation of ``nn.Linear`` or of the convolution."""
-    if isinstance(module, QuantLinear | SparseLinear | LowRankLinear | QuantEmbedding):
+    if isinstance(module, TreatedLinear | LowRankLinear | QuantEmbedding):
         return module.dequantize()
+    if isinstance(module, FactorizedConv):
+        return chain_kernel(module)
     if isinstance(module, QuantConv | SparseConv | LowRankConv):
         return module.weight
     raise InputError(f"{type(module).__name__} has no plain form")
@@ -128,6 +142,8 @@ def _like(treated: Any, weight: Tensor, path: str) -> nn.Module:
 
 
 def _conv_settings(treated: Any) -> ConvSettings:
+    if isinstance(treated, FactorizedConv):
+        return chain_settings(treated)
     if not isinstance(treated, LowRankConv):
         settings: ConvSettings = treated.settings
         return settings

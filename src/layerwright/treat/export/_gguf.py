@@ -20,6 +20,7 @@ from layerwright.nn.replace import structure_of
 from layerwright.nn.tied import Tied
 from layerwright.treat.export._gguf_metadata import ARCHITECTURES, add_model, add_tokenizer, unsupported
 from layerwright.treat.export._staging import refuse, staged_file, target_file
+from layerwright.treat.export._treated import describe, treated_layers
 from layerwright.treat.writer import unique_tensors
 
 __all__ = ["llama_rows", "pack_q4_0", "pack_q8_0", "write"]
@@ -72,17 +73,16 @@ def write(model: nn.Module, out: Path, *, processor: Any = None, force: bool = F
 
 def problems(model: nn.Module) -> list[tuple[str, str]]:
     """``(layer, reason)`` of every treated layer that this format cannot express."""
-    found = []
-    for path in structure_of(model):
-        module = model.get_submodule(path)
-        if reason := "" if isinstance(module, Tied) else _problem(module):
-            found.append((path, reason))
-    return found
+    return [
+        (path, reason)
+        for path, module in treated_layers(model)
+        if (reason := "" if isinstance(module, Tied) else _problem(module))
+    ]
 
 
 def _problem(module: nn.Module) -> str:
     if not isinstance(module, QuantLinear | QuantEmbedding):
-        return f"{type(module).__name__}: only quantized linear layers and embeddings are"
+        return f"{describe(module)}: only quantized linear layers and embeddings are"
     settings = module.quantize
     if settings.bits not in _TYPES:
         return f"{settings.bits} bits: only 4 and 8 are"

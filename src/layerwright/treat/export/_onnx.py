@@ -19,19 +19,26 @@ from torch import Tensor, nn
 
 from layerwright.core.errors import CheckpointError, require_extra
 from layerwright.core.layers import structure_copy
+from layerwright.nn.activation import InputQuantizer
+from layerwright.nn.attached import attached
+from layerwright.nn.attention_products import AttentionProducts
 from layerwright.nn.experts import ExpertStack
+from layerwright.nn.mixed_rows import MixedRowLinear
 from layerwright.nn.quantized import QuantConv, QuantEmbedding, QuantLinear
 from layerwright.nn.quantized_weight import quantized_activations
+from layerwright.nn.rounded_cache import KeyValueRounding
 from layerwright.nn.sparse_weight import SparseWeight
 from layerwright.nn.tied import TiedEmbedding, TiedLinear
+from layerwright.nn.w4a8 import W4A8Linear
 from layerwright.treat.export._onnx_inputs import Traced, example
 from layerwright.treat.export._staging import refuse, staged_file, target_file
+from layerwright.treat.export._treated import describe, treated_layers
 
 __all__ = ["Codes", "traceable", "write"]
 
 OPSET = 21
 _PROTOBUF_BYTES = 1_500_000_000
-Quantized = QuantLinear | QuantConv | QuantEmbedding
+Quantized = QuantLinear | W4A8Linear | QuantConv | QuantEmbedding
 
 
 @dataclass(frozen=True)
@@ -80,11 +87,11 @@ def write(model: nn.Module, out: Path, *, processor: Any = None, force: bool = F
 
 def problems(model: nn.Module) -> list[tuple[str, str]]:
     """``(layer, reason)`` of every treated layer that this format cannot express."""
-    return [
-        (path, f"{type(module).__name__}: neither experts nor sparse weights are")
-        for path, module in model.named_modules()
-        if isinstance(module, ExpertStack | SparseWeight)
-    ]
+    found = []
+    for path, module in treated_layers(model):
+        if isinstance(module, ExpertStack | SparseWeight | MixedRowLinear | AttentionProducts | KeyValueRounding):
+            found.append((path, f"{describe(module)}: plain integer weights and rounded inputs of layers are"))
+    return found
 
 
 @torch.no_grad()
@@ -97,6 +104,9 @@ def traceable(model: nn.Module) -> tuple[nn.Module, dict[str, Codes]]:
         if isinstance(module, Quantized):
             old = copy.get_submodule(path)
             plain[old] = _plain(module)
+            beside = attached(old, InputQuantizer.child)
+            if beside is not None:
+                beside.attach_(plain[old])
             weight = plain[old].weight
             assert isinstance(weight, Tensor)
             codes[f"{path}.weight"] = _codes(module, tuple(weight.shape))
@@ -170,7 +180,8 @@ def _plain(module: Quantized) -> nn.Module:
         return _Convolution(module, module.settings.kernel(dense))
     if isinstance(module, QuantEmbedding):
         return _Rows(dense, module.multiplier)
-    return _Product(dense, module.bias, bool(module.quantize.act_bits), module.input_scale)
+    rounds = isinstance(module, W4A8Linear) or bool(module.quantize.act_bits)
+    return _Product(dense, module.bias, rounds, module.input_scale)
 
 
 def _codes(module: Quantized, shape: tuple[int, ...]) -> Codes:

@@ -26,6 +26,7 @@ from layerwright.score.proxies.search.genetics import (
 from layerwright.score.proxies.search.screening import FIRST, Judge, Table, Verdict
 from layerwright.score.proxies.search.workers import Engine, Evaluate, evaluator
 from layerwright.score.proxies.statistics import LayerStatistics, joined
+from layerwright.score.proxies.weighting import Weighting, bit_weights
 
 __all__ = ["EvolvedProxy", "Settings", "evolve_proxy"]
 
@@ -92,6 +93,7 @@ class Settings:
     children: int
     samples: int | None
     seed: int
+    weighting: Weighting = "bits"
 
     def __post_init__(self) -> None:
         if self.structure not in STRUCTURES:
@@ -124,6 +126,7 @@ def evolve_proxy(
     samples: int | None = 50,
     children: int = 4,
     inputs: Sequence[str] | None = None,
+    weighting: Weighting = "bits",
     engine: Engine = "serial",
     workers: int = 1,
     state: str | Path | None = None,
@@ -151,6 +154,7 @@ def evolve_proxy(
         samples: bit vectors that the fitness looks at, drawn once; None for all.
         children: made from one population before any of them joins: what can run in parallel.
         inputs: statistics that may be read; all that were measured by default.
+        weighting: how bits enter: ``bits`` as published; ``rounding`` errors tell widths apart that a factor cannot.
         engine, workers: see `evaluator`.
         state: file to go on from, and to keep what was reached in after every round.
 
@@ -164,8 +168,8 @@ def evolve_proxy(
     names = tuple(inputs) if inputs is not None else together.inputs
     for name in names:
         together.tensors(name)
-    settings = Settings(structure, names, population, topk, dps, csp, osp, children, samples, seed)
-    search = _Search.begin(benches, settings)
+    settings = Settings(structure, names, population, topk, dps, csp, osp, children, samples, seed, weighting)
+    search = _Search.begin(benches, measured, settings)
     path = None if state is None else Path(state)
     if path is not None and path.exists():
         search.restore(path)
@@ -207,13 +211,14 @@ class _Search:
     duplicates: int = 0
 
     @classmethod
-    def begin(cls, benches: Sequence[BitBench], settings: Settings) -> _Search:
+    def begin(cls, benches: Sequence[BitBench], measured: Sequence[LayerStatistics], settings: Settings) -> _Search:
         random, tables = np.random.default_rng(settings.seed), []
-        for bench in benches:
+        for bench, statistics in zip(benches, measured, strict=True):
             used = bench
             if settings.samples is not None and settings.samples < len(bench):
                 used = bench.take(sorted(random.choice(len(bench), settings.samples, replace=False).tolist()))
-            tables.append(Table.of(used, random))
+            weights = bit_weights(statistics, used.widths, settings.weighting)
+            tables.append(Table.of(used, random, None if settings.weighting == "bits" else weights))
         judge = Judge(tables, settings.topk, settings.csp)
         records = [sorted(map(repr, bench.records.items())) for bench in benches]
         key = hashlib.sha256(json.dumps([dataclasses.asdict(settings), FIRST, records]).encode()).hexdigest()
@@ -360,7 +365,7 @@ class _Search:
     def result(self, iterations: int) -> EvolvedProxy:
         ranked = sorted(self.members, key=lambda member: -member.fitness)
         return EvolvedProxy(
-            best=ranked[0].proxy,
+            best=dataclasses.replace(ranked[0].proxy, weighting=self.settings.weighting),
             fitness=ranked[0].fitness,
             history=tuple(self.history),
             distinct=tuple(self.distinct),

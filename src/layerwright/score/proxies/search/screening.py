@@ -44,8 +44,8 @@ class Table:
     """Measured bit vectors of one network as arrays.
 
     Attributes:
-        vectors: ``(records, layers)`` bits; quality: ``(records,)``, higher is better.
-        probes: ``(PROBES, layers)`` random bits for the equivalence test.
+        vectors: ``(records, layers)`` bits, or what stands for them; quality: ``(records,)``, higher is better.
+        probes: ``(PROBES, layers)`` random ones for the equivalence test.
     """
 
     vectors: Floats
@@ -53,10 +53,14 @@ class Table:
     probes: Floats
 
     @classmethod
-    def of(cls, bench: BitBench, random: np.random.Generator) -> Table:
-        """All records of `bench`, with random probes."""
-        probes = random.choice(bench.widths, (PROBES, len(bench.layers))).astype(np.float64)
-        return cls(bench.vectors.astype(np.float64), bench.quality, probes)
+    def of(cls, bench: BitBench, random: np.random.Generator, weights: Floats | None = None) -> Table:
+        """All records of `bench`, with random probes; `weights` ``(layers, bench.widths)`` take the place of bits."""
+        probes = random.choice(bench.widths, (PROBES, len(bench.layers)))
+        if weights is None:
+            return cls(bench.vectors.astype(np.float64), bench.quality, probes.astype(np.float64))
+        layers = np.arange(len(bench.layers))
+        weigh = [weights[layers, np.searchsorted(bench.widths, bits)] for bits in (bench.vectors, probes)]
+        return cls(weigh[0], bench.quality, weigh[1])
 
 
 @dataclass
