@@ -30,6 +30,7 @@ from layerwright.recipes.decided import range_bytes, run_decider
 from layerwright.recipes.deciders import Task
 from layerwright.recipes.feasible import refuse_unreachable
 from layerwright.recipes.needs import require
+from layerwright.recipes.removable import leave_one, removable
 from layerwright.recipes.settle import choose_by_measuring
 from layerwright.recipes.table import (
     candidates_for,
@@ -109,7 +110,7 @@ def measure_scores(
             calibration=data,
             layers=refs,
             candidates=candidates,
-            blocks=[path for stack in blocks for path in stack.names],
+            blocks=removable(bench.model, blocks) if purpose == "blocks" else (),
             treat=treat_weights,
             seed=seed,
             progress=None if progress is None else partial(progress, f"scoring: {name}"),
