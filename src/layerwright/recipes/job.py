@@ -230,7 +230,7 @@ def decide(
         blocks=blocks,
         ms=ms,
         parts=parts,
-        drop_scores=removal_damages(scores["blocks"]) if "blocks" in scores else None,
+        drop_scores=leave_one(removal_damages(scores["blocks"]), blocks) if "blocks" in scores else None,
     )
     if groups:
         table = merge_ties(table, groups)

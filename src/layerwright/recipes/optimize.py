@@ -126,7 +126,7 @@ def optimize(
     if uniform:
         width = element_bytes(bench, decision.refs)
         bound = min(decision.limits.get("bytes", decision.allocation.cost.bytes), decision.table.original.bytes)
-        layers, words = uniform_layers(decision.refs, bound, _fixed(decision), decision.recipe.group_size, width)
+        layers, words = uniform_layers(decision.refs, bound, _fixed(decision, width), decision.recipe.group_size, width)
         models["uniform"], _ = apply_plan(bench.model, layers, bench.calibration, progress=progress)
     measured = measure(models, bench.heldout, byte_tokens=bench.name == "demo:lm", seed=seed)
     seconds = time.perf_counter() - begun
@@ -141,8 +141,10 @@ def optimize(
     )
 
 
-def _fixed(decision: Decision) -> Cost:
-    return decision.table.fixed
+def _fixed(decision: Decision, element_bytes: int) -> Cost:
+    """Everything that the uniform baseline does not store anew: all but the planned weights; biases stay."""
+    weights = sum(ref.numel for ref in decision.refs) * element_bytes
+    return Cost(bytes=decision.table.original.bytes - weights)
 
 
 def _save(
