@@ -129,7 +129,7 @@ def test_the_policy_admits_these_scripts_only(page):
     allowed = set(re.findall(r"'sha256-([^']+)'", policy))
     run = [text for attributes, text in page.scripts if "type" not in attributes]
     assert {base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in run} == allowed
-    assert len(run) == 2
+    assert len(run) == 3
     assert re.search(r"script-src[^;]*", policy).group().count("unsafe") == 0
 
 

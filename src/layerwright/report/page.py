@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from layerwright.core.errors import CheckpointError, InputError
-from layerwright.report import numbers
-from layerwright.report.charts import Chart, sensitivity_chart, stack_chart
+from layerwright.core.errors import InputError
+from layerwright.report import html, numbers
+from layerwright.report.charts import sensitivity_chart, stack_chart
 from layerwright.report.frontier import frontier_chart
 from layerwright.report.headline import comparison, headline
 from layerwright.report.palette import Mark, palette
@@ -44,7 +41,7 @@ def render(data: Mapping[str, Any]) -> str:
     """The page as text: same data, same text.
 
     The page asks nothing of the network: styles, scripts and Plotly (about 5 MB) are inside, and its content security
-    policy admits these three scripts by their hashes and nothing else. All of `data` is escaped.
+    policy admits these scripts by their hashes and nothing else. All of `data` is escaped.
 
     Args:
         data: what `layerwright.recipes.optimize.report_data` returns. Missing parts are left out of the page.
@@ -59,7 +56,7 @@ def render(data: Mapping[str, Any]) -> str:
     names = [name for name in (*_MODELS, *sorted(set(measured) - set(_MODELS))) if measured.get(name)]
     found = (stack_chart(layers, marks), sensitivity_chart(layers, marks), frontier_chart(data))
     charts = {chart.key: chart for chart in found if chart is not None}
-    scripts = {"plotly": _plotly_script(), "page": _asset("page.js")}
+    scripts = html.scripts("charts.js", "search.js")
     text: str = _template().render(
         data={name: data.get(name) for name in _FACTS},
         title=str(data.get("title") or "layerwright"),
@@ -75,11 +72,11 @@ def render(data: Mapping[str, Any]) -> str:
         statuses=Counter(layer.status for layer in layers if layer.planned),
         failed=[layer for layer in layers if layer.status == "failed"],
         charts=charts,
-        figures=_embedded(list(charts.values())),
+        figures=html.embedded(list(charts.values()), legend=False),
         show=numbers,
-        css=_asset("page.css"),
+        css=html.asset("page.css"),
         scripts=scripts,
-        hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts.values()),
+        hashes=html.hashes(scripts),
     )
     return text
 
@@ -104,17 +101,7 @@ def write_report(out: str | Path) -> Path:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{source} is not the report of a job ({reason}): {advice}") from error
-    page = source.with_name("report.html")
-    temporary = page.with_name(page.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(page)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{page} cannot be written ({error.strerror or error}): is the disk full or read-only?"
-        ) from error
-    return page
+    return html.write_page(source.with_name("report.html"), text)
 
 
 def _check(data: Any) -> None:
@@ -151,33 +138,6 @@ def _shares(layers: Sequence[Layer], marks: Mapping[str, Mark]) -> list[tuple[st
     return rows
 
 
-def _embedded(charts: Sequence[Chart]) -> str:
-    """JSON that is safe inside a script element: no ``<``, ``>``, ``&`` or line separators of JavaScript."""
-    figures = [{"key": c.key, "data": c.traces, "layout": c.layout, "height": c.height} for c in charts]
-    text = json.dumps(figures, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-@functools.cache
-def _plotly_script() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs())
-
-
-@functools.cache
-def _asset(name: str) -> str:
-    return resources.files("layerwright.report").joinpath("templates", name).read_text(encoding="utf-8")
-
-
 @functools.cache
 def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_asset("page.html.jinja"))
-
-
-@functools.cache
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return html.template("page.html.jinja")

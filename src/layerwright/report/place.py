@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerwright.core.errors import CheckpointError, InputError
-from layerwright.report import numbers
-from layerwright.report.page import _asset, _digest, _embedded, _plotly_script
+from layerwright.core.errors import InputError
+from layerwright.report import html, numbers
 from layerwright.report.place_charts import place_charts
 
 __all__ = ["render_place", "write_place_report"]
@@ -31,7 +30,7 @@ def render_place(data: Mapping[str, Any]) -> str:
         if not isinstance(data.get(key), kind) or not data[key]:
             raise InputError(f"report: `{key}` is missing or empty: expected the results of `layerwright place`")
     charts = place_charts(data)
-    scripts = {"plotly": _plotly_script(), "page": _asset("place.js")}
+    scripts = html.scripts("charts.js")
     first = next(iter(data["systems"]))
     notes = [f"{name}: {line}" for name, report in data["systems"].items() for line in report["warnings"]]
     notes += [f"{name} was skipped: {reason}" for name, reason in data["skipped"].items()]
@@ -42,10 +41,10 @@ def render_place(data: Mapping[str, Any]) -> str:
         warnings=notes,
         systems=_systems(data, first),
         charts=charts,
-        figures=_embedded(list(charts)),
-        css=_asset("page.css"),
+        figures=html.embedded(list(charts)),
+        css=html.asset("page.css"),
         scripts=scripts,
-        hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts.values()),
+        hashes=html.hashes(scripts),
     )
     return text
 
@@ -57,20 +56,7 @@ def write_place_report(data: Mapping[str, Any], out: str | Path) -> Path:
         InputError: `data` is no result of `layerwright place`.
         CheckpointError: the page cannot be written.
     """
-    page = Path(out) / "report.html"
-    text = render_place(data)
-    temporary = page.with_name(page.name + ".tmp")
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(page)
-    except OSError as error:
-        if temporary.is_file():
-            temporary.unlink()
-        raise CheckpointError(
-            f"{page} cannot be written ({error.strerror or error}): is the disk full or read-only?"
-        ) from error
-    return page
+    return html.write_page(Path(out) / "report.html", render_place(data))
 
 
 def _headline(data: Mapping[str, Any], first: str) -> str:
@@ -111,7 +97,4 @@ def _systems(data: Mapping[str, Any], first: str) -> dict[str, Any]:
 
 @functools.cache
 def _place_template() -> Any:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_asset("place.html.jinja"))
+    return html.template("place.html.jinja")

@@ -12,7 +12,7 @@
     const axis = (own) => ({ ...own, gridcolor: colour("--line"), linecolor: colour("--line"), zerolinecolor: colour("--line") });
     const label = { bgcolor: colour("--panel"), bordercolor: colour("--line"), font: { color: colour("--text") }, align: "left" };
     return {
-      showlegend: false, ...layout, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis), hoverlabel: label,
+      ...layout, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis), hoverlabel: label,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--text"), size: 13, family: "system-ui, sans-serif" },
       // a finger on a chart scrolls the page instead of zooming
       ...(coarse ? { dragmode: false } : {}),
@@ -29,24 +29,4 @@
   }
   draw();
   dark.addEventListener("change", draw);
-
-  const search = document.getElementById("search");
-  const planned = document.getElementById("planned");
-  const shown = document.getElementById("shown");
-  const rows = Array.from(document.querySelectorAll("#decisions tbody tr"));
-  const texts = rows.map((row) => row.textContent.toLowerCase());
-  function filter() {
-    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let count = 0;
-    rows.forEach(function (row, index) {
-      const fits = words.every((word) => texts[index].includes(word)) && (!planned.checked || row.dataset.planned === "yes");
-      row.hidden = !fits;
-      count += fits ? 1 : 0;
-    });
-    shown.textContent = count + " of " + rows.length + " layers";
-  }
-  document.getElementById("tools").hidden = false;
-  search.addEventListener("input", filter);
-  planned.addEventListener("change", filter);
-  filter();
 })();
