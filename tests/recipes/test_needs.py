@@ -29,6 +29,7 @@ SERVES: dict[str, tuple[str, ...]] = {
     "evol_q": tuple(KINDS),
     "fptq": WORDS,
     "joint": tuple(KINDS),
+    "lora-layer-pruning": WORDS,
     "lrp_qvit": ("vit",),
     "mixed": tuple(KINDS),
     "mixed_td": ("cnn",),
@@ -36,7 +37,10 @@ SERVES: dict[str, tuple[str, ...]] = {
     "mptq_vit": WORDS,
     "rtn": tuple(KINDS),
     "shortened-llama": ("decoder", "t5", "bart"),
+    "shortened-llama-cpt": ("decoder", "t5", "bart"),
+    "shortened-llama-iterative": ("decoder", "t5", "bart"),
     "shortened-llama-magnitude": WORDS,
+    "shortened-llama-similarity": WORDS,
     "shortened-llama-taylor": WORDS,
 }
 """Recipe to the kinds of model that it serves."""
@@ -56,7 +60,7 @@ def bench_of(kind: str) -> Bench:
 
 
 def budget_of(name: str) -> str:
-    return BUDGETS.get(name, "size=0.9x" if name.startswith("shortened") else "bits=4.5")
+    return BUDGETS.get(name, "size=0.9x" if name.startswith(("shortened", "lora-layer")) else "bits=4.5")
 
 
 class WorkError(Exception):

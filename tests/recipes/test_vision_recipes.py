@@ -28,7 +28,7 @@ MODELS = ("deit", "swin")
 SETTINGS: dict[str, dict[str, Any]] = {
     "mptq_vit": {"decider_settings": {"widths": [8, 4], "two_regions": True, "metric": "kl", "samples": 2}},
     "lrp_qvit": {"score_samples": 4},
-    "evol_q": {"decider_settings": {"widths": [8, 4], "activation_bits": 8, "symmetric": False}},
+    "evol_q": {"decider_settings": {"widths": [8, 4], "activation_bits": 8, "symmetric": False, "norms": True}},
 }
 
 
@@ -88,12 +88,16 @@ def test_recipes_plan_and_apply(name: str, chosen: str) -> None:
     plan = decision.plan
     treated, report = apply_plan(model, plan, data)
     assert all(record.status == "done" for record in report)
-    # The limit leaves out what no layer answers for: the ranges of attention's operands, and biases that a shift makes.
+    # To the byte: weights, ranges of attention's operands and of norms, and biases that a shift makes.
+    assert parameter_bytes(treated) == decision.allocation.cost.bytes
     ranges = activation_bytes(tuple(t for own in plan.layers.values() for t in own if isinstance(t, RoundAttention)))
     made = [value for key, value in treated.state_dict().items() if key.endswith("bias") and key not in before]
     assert len(made) == (1 if name == "swin" and plan.prepare else 0)  # patch merging reads its norm without a bias
-    assert parameter_bytes(treated) <= decision.limits["bytes"] + ranges + sum(4 * value.numel() for value in made)
+    assert parameter_bytes(treated) <= decision.limits["bytes"] + (ranges if chosen == "lrp_qvit" else 0)
     layers = {ref.path for ref in treatable(model)}
+    norms = {path for path, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    assert {path for path in norms if path in plan.layers} == (norms if chosen == "evol_q" else set())
+    assert all(plan.layers[path][0].label() == "a8 power-of-two" for path in norms if path in plan.layers)
     modules = {ref.path for ref in list_layers(model) if ref.kind == "attention"}
     assert len(modules) == (3 if name == "deit" else 4)
     treatments = {path: plan.layers[path] for path in layers | modules}

@@ -14,6 +14,7 @@ from layerwright.core.storage import activation_bytes
 from layerwright.core.treatment import Treatments
 from layerwright.recipes.deciders import DECIDERS, Choice, Task
 from layerwright.recipes.table import MsOf, planned_in, treated_cost
+from layerwright.treat.activations import norm_channels
 
 __all__ = ["decided_table", "range_bytes", "run_decider", "with_attention"]
 
@@ -60,7 +61,8 @@ def decided_table(task: Task, choice: Choice, ms: MsOf | None = None) -> tuple[O
             for inner in inside:
                 chosen.pop(inner, None)
         else:
-            option = _attention_option(path, treatments)
+            channels = norm_channels(task.bench.model.get_submodule(path))
+            option = _range_option(path, treatments, channels or 1)
         rows.append(option)
         chosen[path] = option
     fixed = task.profile.total - total(before.values())
@@ -78,7 +80,7 @@ def with_attention(allocation: Allocation, refs: Sequence[LayerRef], treatments:
     modules = [ref.path for ref in refs if ref.kind == "attention"]
     if not modules:
         raise InputError("the recipe rounds the products of attention, and this model has no attention modules")
-    extra = [_attention_option(path, treatments) for path in modules]
+    extra = [_range_option(path, treatments) for path in modules]
     cost = allocation.cost + total(option.cost for option in extra)
     return dataclasses.replace(allocation, chosen=(*allocation.chosen, *extra), cost=cost)
 
@@ -99,5 +101,6 @@ def range_bytes(
     return (float(layers + modules) if in_bits else 0.0), float(modules)
 
 
-def _attention_option(path: str, treatments: Treatments) -> Option:
-    return Option(path, treatments, Cost(bytes=float(activation_bytes(treatments))), 0.0)
+def _range_option(path: str, treatments: Treatments, channels: int = 1) -> Option:
+    """An attention module, or a norm whose input of `channels` is rounded: bytes of its ranges alone."""
+    return Option(path, treatments, Cost(bytes=float(activation_bytes(treatments, channels))), 0.0)

@@ -85,3 +85,5 @@ DECIDERS.add("measured_descent", "layerwright.recipes.measured_descent:decide_de
 DECIDERS.add("one_precision", "layerwright.recipes.measured_descent:decide_uniform")
 DECIDERS.add("mixed_td", "layerwright.recipes.mixed_td:decide_mixed_td")
 DECIDERS.add("luc", "layerwright.recipes.luc:decide_luc")
+DECIDERS.add("iterative_drop", "layerwright.recipes.depth:decide_iteratively")
+DECIDERS.add("interleaved_drop", "layerwright.recipes.depth:decide_interleaved")

@@ -30,12 +30,12 @@ from layerwright.recipes.decided import range_bytes, run_decider
 from layerwright.recipes.deciders import Task
 from layerwright.recipes.feasible import refuse_unreachable
 from layerwright.recipes.needs import require
+from layerwright.recipes.prepared import prepared_limits, prepared_profile
 from layerwright.recipes.removable import leave_one, removable
 from layerwright.recipes.settle import choose_by_measuring
 from layerwright.recipes.table import (
     candidates_for,
     fused_groups,
-    limits_of,
     option_table,
     uniform_bytes,
 )
@@ -187,12 +187,13 @@ def decide(
         parts=parts,
     )
     working = prepared(bench, the_recipe, seed, progress)
+    costs = prepared_profile(profile, bench.model, working.model)
+    bounds = prepared_limits(limits, profile.total, costs.total, refs, the_recipe.group_size, width)
     label = {"name": bench.name, "fingerprint": profile.fingerprint, "architecture": type(bench.model).__name__}
     if the_recipe.decider:
-        empty = option_table(profile, refs, {}, None, element_bytes=width)
-        bounds = limits_of(limits, empty, refs, the_recipe.group_size, width)
-        task = Task(working, the_recipe, limits, bounds, refs, blocks, profile, width, the_target, seed, progress)
+        task = Task(working, the_recipe, limits, bounds, refs, blocks, costs, width, the_target, seed, progress)
         table, allocation, choice = run_decider(task, ms)
+        table = replace(table, original=profile.total)
         plan = Plan.from_allocation(
             allocation,
             model=label,
@@ -222,7 +223,7 @@ def decide(
         fingerprint=profile.fingerprint,
     )
     table = option_table(
-        profile,
+        costs,
         refs,
         candidates,
         scores.get("layers"),
@@ -232,10 +233,10 @@ def decide(
         parts=parts,
         drop_scores=leave_one(removal_damages(scores["blocks"]), blocks) if "blocks" in scores else None,
     )
+    table = replace(table, original=profile.total)
     if groups:
         table = merge_ties(table, groups)
     table = filter_target(table, the_target)
-    bounds = limits_of(limits, table, refs, the_recipe.group_size, width)
     if "bytes" in bounds:
         bounds["bytes"] += more_bytes - attention_bytes
     solve = partial(ALLOCATORS.get(the_recipe.allocator), limits=bounds, seed=seed, **settings)

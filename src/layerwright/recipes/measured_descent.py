@@ -15,6 +15,9 @@ from layerwright.recipes.mixed_precision import Forms, Metric, MixedPrecision
 
 __all__ = ["DescentSettings", "decide_descent", "decide_uniform"]
 
+ACTIVATIONS = ("input", "products", "norm")
+"""Kinds of variables that are no weights."""
+
 
 @dataclass(frozen=True)
 class DescentSettings:
@@ -24,6 +27,7 @@ class DescentSettings:
         widths: bits from high to low, for weights and activations alike.
         activation_bits: one width for all activations; None lets them take part.
         attention: whether the operands of attention's products are rounded.
+        norms: whether what norms read is rounded, with power-of-two factors by channel (Lin et al., 2022, FQ-ViT).
         symmetric, method, observer, two_regions: see `Forms`.
         metric, samples: what a choice is judged by, and on how many calibration samples.
         lazy: see `greedy_descent`.
@@ -32,6 +36,7 @@ class DescentSettings:
     widths: tuple[int, ...] = (8, 6, 5, 4, 3)
     activation_bits: int | None = None
     attention: bool = True
+    norms: bool = False
     symmetric: bool = True
     method: Any = "mse"
     observer: Any = "mse"
@@ -76,7 +81,7 @@ def decide_descent(task: Task) -> Choice:
     """
     settings = DescentSettings.read(task.recipe.decider_settings)
     _refuse_others(task)
-    fixed = {} if settings.activation_bits is None else dict.fromkeys(("input", "products"), settings.activation_bits)
+    fixed = {} if settings.activation_bits is None else dict.fromkeys(ACTIVATIONS, settings.activation_bits)
     mixed = _mixed(task, settings, settings.widths, fixed)
     rest = _rest(task)
     goal = _average_limit(task)
@@ -110,7 +115,7 @@ def decide_uniform(task: Task) -> Choice:
     if bits is None:
         goal = _average_limit(task)
         bits = next((b for b in settings.widths if b <= goal + 1e-6), settings.widths[-1])
-    mixed = _mixed(task, settings, settings.widths, {"input": bits, "products": bits}, build=False)
+    mixed = _mixed(task, settings, settings.widths, dict.fromkeys(ACTIVATIONS, bits), build=False)
     rest, limit = _rest(task), task.limits["bytes"]
 
     def fits(choice: Mapping[str, int]) -> bool:
@@ -149,6 +154,7 @@ def _mixed(
         samples=settings.samples,
         metric=settings.metric,
         attention=settings.attention,
+        norms=settings.norms,
         fixed=fixed,
         progress=task.progress,
         build=build,

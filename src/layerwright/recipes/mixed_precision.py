@@ -21,6 +21,7 @@ from layerwright.nn.activation import InputQuantizer
 from layerwright.nn.attached import attached
 from layerwright.nn.attention_products import AttentionProducts
 from layerwright.score.costs import find_blocks_or_none
+from layerwright.treat.activations import norm_channels
 from layerwright.treat.apply import apply_plan
 from layerwright.treat.migrate import find_norm_readers
 from layerwright.tune.losses import output_loss
@@ -39,18 +40,20 @@ class Variable:
     """One tensor whose width is chosen.
 
     Attributes:
-        name: ``<path> weight``, ``<path> input`` or ``<path> products``.
+        name: ``<path> weight``, ``<path> input``, ``<path> products`` or ``<path> norm``.
         kind: what it is.
-        paths: layers that it concerns (those that read one norm's output share their input), or an attention module.
+        paths: layers that it concerns (those that read one norm's output share their input), an attention module, or a norm.
         numel: values: weights, or activations in one forward of the first batch.
         gelu: an input that is what GELU gives.
+        channels: of what a norm reads, each of which has a range of its own; 1 elsewhere.
     """
 
     name: str
-    kind: Literal["weight", "input", "products"]
+    kind: Literal["weight", "input", "products", "norm"]
     paths: tuple[str, ...]
     numel: int
     gelu: bool = False
+    channels: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,21 @@ class Forms:
         regions = self.two_regions and bits >= 3
         return RoundAttention(bits, "two_region" if regions else "uniform", observer=self.observer)
 
+    def norm(self, bits: int) -> RoundActivations:
+        """The treatment of what a norm reads (FQ-ViT's power-of-two factors)."""
+        return RoundActivations(bits, share="channel", observer="power_of_two")
+
 
 def find_variables(
-    model: nn.Module, refs: Sequence[LayerRef], calibration: Calibration, *, attention: bool = True
+    model: nn.Module,
+    refs: Sequence[LayerRef],
+    calibration: Calibration,
+    *,
+    attention: bool = True,
+    norms: bool = False,
 ) -> tuple[Variable, ...]:
-    """The weights of `refs`, their inputs and the operands of the attention modules, in the model's order.
+    """The weights of `refs` and their inputs, in the model's order, then the operands of the attention modules, and with
+    `norms` what norms over the last dimension read.
 
     Raises:
         InputError: no layer has a weight, or the calibration is empty.
@@ -97,8 +110,15 @@ def find_variables(
     batch = next(iter(calibration), None)
     if batch is None or not refs:
         raise InputError("calibration: it is empty" if batch is None else "no linear layer or convolution to quantize")
-    modules = [ref.path for ref in list_layers(model) if ref.kind == "attention"] if attention else []
-    seen: dict[str, int] = dict.fromkeys([*(ref.path for ref in refs), *modules], 0)
+    everything = list_layers(model)
+    modules = [ref.path for ref in everything if ref.kind == "attention"] if attention else []
+    channels = {
+        ref.path: count
+        for ref in everything
+        if norms and ref.kind == "norm" and (count := norm_channels(model.get_submodule(ref.path)))
+    }
+    watched = [*refs, *(ref for ref in everything if ref.path in channels)]
+    seen: dict[str, int] = dict.fromkeys([*(ref.path for ref in watched), *modules], 0)
     lowest: dict[str, float] = {}
 
     def see(ref: LayerRef, x: Tensor, _expert: int | None) -> None:
@@ -108,7 +128,7 @@ def find_variables(
     copy = structure_copy(model)
     for path in modules:
         _Counter(path, seen).attach_(copy.get_submodule(path))
-    with torch.no_grad(), evaluating(copy), watch_inputs(copy, refs, see):
+    with torch.no_grad(), evaluating(copy), watch_inputs(copy, watched, see):
         calibration.forward(copy, batch)
     shared = {path: group.readers for group in find_norm_readers(model, calibration) for path in group.readers}
     paths = {ref.path for ref in refs}
@@ -121,6 +141,7 @@ def find_variables(
             gelu = ref.role == "down" and GELU_LOWEST <= lowest[ref.path] < 0
             found.append(Variable(f"{readers[0]} input", "input", readers, seen[ref.path], gelu))
     found += [Variable(f"{path} products", "products", (path,), seen[path]) for path in modules if seen[path]]
+    found += [Variable(f"{p} norm", "norm", (p,), seen[p], channels=n) for p, n in channels.items() if seen[p]]
     return tuple(found)
 
 
@@ -153,6 +174,7 @@ class MixedPrecision:
         samples: of the calibration that choices are measured on.
         metric: `kl` to the full-precision outputs, another of the output losses, or `accuracy` (share of wrong labels).
         attention: whether operands of attention's products are variables.
+        norms: whether what norms read is.
         fixed: variables (by kind) with one width of their own.
         progress: ``progress("width 4", done, total)``.
         build: False only finds the variables, for `layers`, `average` and `stored`.
@@ -169,13 +191,15 @@ class MixedPrecision:
         samples: int = 64,
         metric: Metric = "kl",
         attention: bool = True,
+        norms: bool = False,
         fixed: Mapping[str, int] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         build: bool = True,
     ) -> None:
         self.refs = {ref.path: ref for ref in refs}
         self.forms, self.metric = forms, metric
-        self.variables = {v.name: v for v in find_variables(model, refs, calibration, attention=attention)}
+        found = find_variables(model, refs, calibration, attention=attention, norms=norms)
+        self.variables = {v.name: v for v in found}
         fixed = fixed or {}
         self.options = {
             name: (fixed[v.kind],) if v.kind in fixed else tuple(widths) for name, v in self.variables.items()
@@ -229,9 +253,10 @@ class MixedPrecision:
     def stored(self, choice: Choice, element_bytes: int) -> float:
         """Bytes of the treated layers' weights and of all ranges."""
         total = 0.0
+        channels = {path: v.channels for v in self.variables.values() for path in v.paths if v.kind == "norm"}
         for path, treatments in self.layers(choice).items():
             ref = self.refs.get(path)
-            shape, count = (ref.shape, ref.count) if ref is not None else ((0, 0), 0)
+            shape, count = (ref.shape, ref.count) if ref is not None else ((0, channels.get(path, 1)), 0)
             total += stored_bytes(treatments, *shape, count, element_bytes)
         return total
 
@@ -245,6 +270,8 @@ class MixedPrecision:
                     t: Any = self.forms.weight(bits)
                 elif variable.kind == "input":
                     t = self.forms.input(bits, variable.gelu)
+                elif variable.kind == "norm":
+                    t = self.forms.norm(bits)
                 else:
                     t = self.forms.products(bits)
                 found[path] = tuple(sorted((*found.get(path, ()), t), key=lambda item: item.rank))
@@ -287,7 +314,7 @@ def _take_over_(model: nn.Module, source: nn.Module, variable: Variable, refs: M
             owner, _, name = refs[path].parameter.rpartition(".")
             model.get_submodule(owner)._parameters[name] = source.get_submodule(owner)._parameters[name]
             continue
-        child = "input_quantizer" if variable.kind == "input" else "products"
+        child = "products" if variable.kind == "products" else "input_quantizer"
         mine, other = (attached(m.get_submodule(path), child) for m in (model, source))
         if isinstance(mine, InputQuantizer) and isinstance(other, InputQuantizer):
             mine.quantizer = other.quantizer

@@ -113,6 +113,12 @@ def apply_order(
     arranged = [item for item in arranged if item.order != tuple(range(item.before))]
     if not arranged:
         return (structure_copy(model) if copy else model), BlockMap()
+    adapter = next((name for name, module in model.named_modules() if hasattr(module, "lora_A")), None)
+    if adapter is not None:
+        raise InputError(
+            f"blocks: {adapter or 'the model'} carries an adapter, which belongs to the blocks as they are; merge it first "
+            "(merge_and_unload), or change the blocks of the plain model and adapt it then"
+        )
     found = problems(model, stacks, arranged, move_tables=move_tables)
     if found:
         raise CheckError(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 from torch import nn
@@ -73,7 +74,7 @@ def keep_blocks(
     stacks = find_blocks(model, blocks)
     arranged = arranged_stacks(stacks, keep, "keep")
     for item in arranged:
-        if any(a >= b for a, b in zip(item.order, item.order[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(item.order)):
             raise InputError(
                 f"keep: {item.stack.path}: got {list(item.order)}, expected each index once, in ascending order "
                 "(arrange_blocks takes any order)"

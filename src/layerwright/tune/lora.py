@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -79,7 +79,9 @@ def lora(
     dequantize: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     sensitivities: Scores | Mapping[str, float] | None = None,
-    targets: Sequence[str] | None = None,
+    targets: str | Sequence[str] | None = None,
+    dropout: float = 0.0,
+    bias: Literal["none", "lora_only"] = "none",
     progress: Progress | None = None,
 ) -> nn.Module:
     """A copy of `model` recovered by low-rank adapters (Hu et al., 2021, arXiv 2106.09685), trained on its labels.
@@ -95,7 +97,10 @@ def lora(
         dequantize: with `merge`, make packed weights dense so that they can be merged.
         rank_pattern: rank by layer path, for some layers.
         sensitivities: by layer or block path; ranks are then shared out in proportion (see `ranks_for`).
-        targets: layer paths, or their last names (``q_proj``); by default every linear layer in the blocks.
+        targets: layer paths, or their last names (``q_proj``); ``ff`` for the feed-forward layers, ``attention`` for
+            the query and value projections; by default every linear layer in the blocks.
+        dropout: share of an adapter's inputs that are zeroed in training, 0 to below 1; not over packed weights.
+        bias: ``lora_only`` trains the biases of the layers with adapters too; not over packed weights.
         seed, steps, learning_rate, weight_decay, warmup, batches_per_step, clip: see `Schedule`.
         progress: ``progress(name, done, total)``.
 
@@ -116,6 +121,8 @@ def lora(
         rank_pattern=rank_pattern,
         sensitivities=sensitivities,
         targets=targets,
+        dropout=dropout,
+        bias=bias,
         merge=merge and not dequantize,
     )
     train_(adapted.model, list(data), data.loss, schedule, progress=progress, name="LoRA")
@@ -130,7 +137,9 @@ def attach_lora(
     seed: int = 0,
     rank_pattern: Mapping[str, int] | None = None,
     sensitivities: Scores | Mapping[str, float] | None = None,
-    targets: Sequence[str] | None = None,
+    targets: str | Sequence[str] | None = None,
+    dropout: float = 0.0,
+    bias: Literal["none", "lora_only"] = "none",
     merge: bool = False,
 ) -> Adapted:
     """A frozen copy of `model` with fresh adapters, which change nothing yet; see `lora` for the arguments.
@@ -138,6 +147,10 @@ def attach_lora(
     Raises:
         InputError: as `lora`; with `merge`, packed weights are refused here, before any training.
     """
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout: got {dropout}, expected a share from 0 to below 1")
+    if bias not in ("none", "lora_only"):
+        raise unknown_name("bias", bias, ("none", "lora_only"))
     paths = lora_targets(model, targets)
     ranks = dict.fromkeys(paths, rank)
     if sensitivities is not None:
@@ -155,15 +168,22 @@ def attach_lora(
             f"merge: {packed[0]} and {len(packed) - 1} more layers hold packed weights that cannot take up an adapter: "
             "keep the adapter (merge=False), or make the weights dense (dequantize=True)"
         )
-    copy = trainable_copy(model, lambda _name, _tensor: False)
+    if packed and (dropout or bias != "none"):
+        raise InputError(f"dropout, bias: {packed[0]} holds packed weights; leave both settings out there")
+    biases = {f"{path}.bias" for path in paths} if bias == "lora_only" else set()
+    copy = trainable_copy(model, lambda name, _tensor: name in biases)
     if packed:
         return _attach_own(copy, ranks, alpha / rank, seed)
-    return _attach_peft(copy, ranks, rank, alpha, seed)
+    return _attach_peft(copy, ranks, rank, alpha, seed, dropout, bias)
 
 
-def lora_targets(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[str, ...]:
+GROUPS = {"ff": ("up", "gate", "gate_up", "down"), "attention": ("q", "v", "qkv")}
+"""Names for `targets`, and the roles of the layers that they stand for."""
+
+
+def lora_targets(model: nn.Module, targets: str | Sequence[str] | None = None) -> tuple[str, ...]:
     """Paths of the layers that get adapters: the linear layers of the blocks (all linear layers but the head where
-    there are no blocks), or those among them that `targets` names by path or last name.
+    there are no blocks), or those among them that `targets` names by path, by last name or by one of `GROUPS`.
 
     Raises:
         InputError: there are none, or a target is no such layer.
@@ -184,9 +204,14 @@ def lora_targets(model: nn.Module, targets: Sequence[str] | None = None) -> tupl
     known = [ref.path for ref in linear]
     chosen: list[str] = []
     for target in [targets] if isinstance(targets, str) else targets:
-        found = [path for path in known if path == target or path.endswith(f".{target}")]
+        roles = GROUPS.get(target, ())
+        found = [
+            ref.path for ref in linear if ref.role in roles or ref.path == target or ref.path.endswith(f".{target}")
+        ]
         if not found:
-            raise unknown_name("layer", target, {*known, *(path.rpartition(".")[2] for path in known)}, "targets")
+            raise unknown_name(
+                "layer", target, {*known, *(path.rpartition(".")[2] for path in known), *GROUPS}, "targets"
+            )
         chosen += found
     return tuple(dict.fromkeys(chosen))
 
@@ -232,7 +257,9 @@ def _attach_own(copy: nn.Module, ranks: Mapping[str, int], scaling: float, seed:
     return Adapted(copy, copy, False)
 
 
-def _attach_peft(copy: nn.Module, ranks: Mapping[str, int], rank: int, alpha: float, seed: int) -> Adapted:
+def _attach_peft(
+    copy: nn.Module, ranks: Mapping[str, int], rank: int, alpha: float, seed: int, dropout: float, bias: str
+) -> Adapted:
     peft = require_extra("peft", "tune")
     other = {path: value for path, value in ranks.items() if value != rank}
     config = peft.LoraConfig(
@@ -241,9 +268,9 @@ def _attach_peft(copy: nn.Module, ranks: Mapping[str, int], rank: int, alpha: fl
         target_modules=list(ranks),
         rank_pattern=other,
         alpha_pattern={path: alpha * value / rank for path, value in other.items()},
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM" if hasattr(copy, "prepare_inputs_for_generation") else None,
+        lora_dropout=dropout,
+        bias=bias,
+        task_type=_task(copy),
     )
     training = copy.training
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -251,6 +278,12 @@ def _attach_peft(copy: nn.Module, ranks: Mapping[str, int], rank: int, alpha: fl
         torch.manual_seed(seed)  # within the fork: the caller's generator goes on undisturbed
         wrapped: nn.Module = peft.get_peft_model(copy, config)
     return Adapted(wrapped.train(training), copy, True)
+
+
+def _task(model: nn.Module) -> str | None:
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        return None
+    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"  # type: ignore[union-attr]
 
 
 def _put_(model: nn.Module, path: str, module: nn.Module) -> None:

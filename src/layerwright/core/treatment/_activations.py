@@ -22,7 +22,9 @@ class RoundActivations(Treatment):
         share: one scale per `tensor` or `channel` from the calibration, or per `token` as it comes.
         symmetric: no zero point.
         observer: how a range is chosen: `minmax`; `mse` (least squared error); `percentile` (the best of three, Li et
-            al., 2023); `output` (least squared error of the layer's output).
+            al., 2023); `output` (least squared error of the layer's output); `hessian` (least second-order rise of the
+            loss; Yuan et al., 2022); `power_of_two` (one step times 1, 2, 4 or 8 by channel; needs `share` channel and
+            a uniform grid with a zero point; for what a norm reads; Lin et al., 2022).
     """
 
     tag: ClassVar[str] = "activations"
@@ -31,15 +33,19 @@ class RoundActivations(Treatment):
     grid: Literal["uniform", "two_region"] = "uniform"
     share: Literal["tensor", "channel", "token"] = "tensor"
     symmetric: bool = False
-    observer: Literal["minmax", "mse", "percentile", "output"] = "mse"
+    observer: Literal["minmax", "mse", "percentile", "output", "hessian", "power_of_two"] = "mse"
 
     def __post_init__(self) -> None:
         check_width(self.bits)
         if self.grid == "two_region" and (self.share != "tensor" or self.bits < 3):
             raise InputError("grid: two_region needs share: tensor and at least 3 bits (one says which region)")
+        if self.observer == "power_of_two" and (self.share != "channel" or self.symmetric or self.grid != "uniform"):
+            raise InputError("observer: power_of_two needs grid: uniform, share: channel and symmetric: false")
 
     def label(self) -> str:
         """A short name for tables and charts."""
+        if self.observer == "power_of_two":
+            return f"a{self.bits} power-of-two"
         return f"a{self.bits}{'' if self.grid == 'uniform' else ' two-region'}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerwright.treat.activations._rounding import round_activations_
+from layerwright.treat.activations._rounding import norm_channels, round_activations_
 from layerwright.treat.activations._samples import Samples
 from layerwright.treat.activations.ranges import (
     fit_log,
@@ -22,6 +22,7 @@ __all__ = [
     "fit_two_regions",
     "fit_uniform",
     "hessian_error",
+    "norm_channels",
     "round_activations_",
     "search_region_ratio",
 ]

@@ -22,9 +22,9 @@ from layerwright.nn.attention_products import OPERANDS, AttentionProducts
 from layerwright.score.gradients import output_gradients
 from layerwright.score.inputs import forwards
 from layerwright.treat.activations._samples import Samples
-from layerwright.treat.activations.ranges import Observer, fit_quantizer
+from layerwright.treat.activations.ranges import fit_quantizer
 
-__all__ = ["round_activations_"]
+__all__ = ["norm_channels", "round_activations_"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def round_activations_(
     if not sites:
         return done
     units = _units(model, sites)
-    guided = [site.ref for site in sites if site.linear is not None and _observer(site.linear) == "hessian"]
+    guided = [site.ref for site in sites if site.linear is not None and site.linear.observer == "hessian"]
     moments = {p: g.moment for p, g in output_gradients(model, calibration, guided).items()} if guided else {}
     with torch.no_grad(), evaluating(model):
         for stop in Lockstep(model, list(units), forwards(model, calibration)):
@@ -89,6 +89,16 @@ def round_activations_(
     if missing:
         raise InputError(f"{missing[0]}: the calibration data never reached it; its activations have no range")
     return done
+
+
+def norm_channels(module: nn.Module) -> int:
+    """Size of the last dimension of what a norm reads, 0 where its channels are another one or `module` is no norm."""
+    if isinstance(module, nn.LayerNorm):
+        return int(module.normalized_shape[-1])
+    if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm) or "norm" not in type(module).__name__.lower():
+        return 0
+    weight = module._parameters.get("weight")
+    return weight.numel() if weight is not None and weight.dim() == 1 else 0
 
 
 def _site(ref: LayerRef, treatments: Treatments) -> _Site | None:
@@ -121,10 +131,6 @@ def _units(model: nn.Module, sites: Sequence[_Site]) -> dict[str, list[_Site]]:
 def _new_samples(site: _Site, seed: int) -> dict[str, Samples]:
     names = OPERANDS if site.attention is not None else ("input",)
     return {name: Samples(seed=seed) for name in names}
-
-
-def _observer(treatment: RoundActivations) -> Observer:
-    return treatment.observer
 
 
 class _Watching(ExitStack):
@@ -166,8 +172,9 @@ class _Watcher(AttentionProducts):
 def _fit(model: nn.Module, site: _Site, samples: Mapping[str, Samples], moment: Tensor | None) -> Attachment:
     if site.linear is not None:
         t = site.linear
-        observer = _observer(t)
-        reads = observer in ("output", "hessian") and site.ref.layout in ("linear", "conv1d")
+        if site.ref.kind == "norm" and t.share == "channel" and not norm_channels(model.get_submodule(site.path)):
+            raise InputError(f"{site.path}: its channels are not the last dimension of what it reads; use share: tensor")
+        reads = t.observer in ("output", "hessian") and site.ref.layout in ("linear", "conv1d")
         weight = read_matrix(model, site.ref)[0] if reads else None
         quantizer = fit_quantizer(
             samples["input"],
@@ -176,7 +183,7 @@ def _fit(model: nn.Module, site: _Site, samples: Mapping[str, Samples], moment: 
             kind=t.grid,
             share=t.share,
             symmetric=t.symmetric,
-            observer=observer,
+            observer=t.observer,
             weight=weight,
             moment=moment,
         )
