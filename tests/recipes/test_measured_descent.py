@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +14,17 @@ from torch import Tensor, nn
 from layerwright.core.budget import Budget
 from layerwright.core.calibration import as_calibration, logits_of
 from layerwright.core.errors import BudgetError, InputError
-from layerwright.core.layers import parameter_bytes, structure_copy, treatable
+from layerwright.core.layers import list_layers, parameter_bytes, structure_copy, treatable
 from layerwright.core.option import OptionTable
 from layerwright.core.storage import quantized_bytes
 from layerwright.core.target import Target
 from layerwright.core.treatment import Quantize, RoundActivations, RoundAttention
+from layerwright.data.loading import load
+from layerwright.nn.activation import InputQuantizer
+from layerwright.nn.attached import attached
 from layerwright.recipes.bench import Bench
 from layerwright.recipes.book import recipe
+from layerwright.recipes.decided import decided_table
 from layerwright.recipes.deciders import DECIDERS, Task
 from layerwright.recipes.measured_descent import decide_descent, decide_uniform
 from layerwright.recipes.mixed_precision import Forms, MixedPrecision, find_variables
@@ -28,6 +33,7 @@ from layerwright.score.costs import find_blocks_or_none, profile_model
 from layerwright.studies._vit import build_vit
 from layerwright.treat.apply import apply_plan
 from layerwright.treat.prepare import prepare_
+from layerwright.treat.writer import save_model
 from layerwright.tune.losses import kl_outputs
 
 LOADS_ALL = Target("layerwright", kinds=frozenset({"quantize", "activations", "attention"}))
@@ -79,12 +85,19 @@ def test_variables_share_inputs_and_count_values(model: nn.Module) -> None:
     assert found["vit.layers.1.attention products"].numel == 8 * (3 * 17 * 16 + 2 * 17 * 17)
     assert sum(v.numel for v in found.values() if v.kind == "weight") == sum(r.numel for r in treatable(model))
     assert not any("products" in dict(m.named_children()) for m in model.modules())
+    # With norms, one more variable for each: what it reads, with a range for each of its channels.
+    norms = {ref.path for ref in list_layers(model) if ref.kind == "norm"}
+    more = {v.name: v for v in find_variables(model, treatable(model), data, norms=True)}
+    added = [v for name, v in more.items() if name not in found]
+    assert {v.paths for v in added} == {(path,) for path in norms} and len(norms) == 5
+    assert {(v.name, v.kind, v.channels) for v in added} == {(f"{path} norm", "norm", 16) for path in norms}
+    assert all(v.numel == 8 * 17 * 16 for v in added)
 
 
 @torch.no_grad()
 def test_choices_are_measured_as_a_whole_model_would_be(model: nn.Module) -> None:
     data = as_calibration(images())
-    mixed = MixedPrecision(model, treatable(model), data, (6, 4), Forms(two_regions=True), samples=16)
+    mixed = MixedPrecision(model, treatable(model), data, (6, 4), Forms(two_regions=True), samples=16, norms=True)
     wanted = [logits_of(data.forward(model, b)) for b in data]
     generator = torch.Generator().manual_seed(0)
     base = mixed.kept
@@ -159,6 +172,33 @@ def test_one_precision_fills_the_budget(model: nn.Module) -> None:
         assert all(more[p] - less[p] > left for p in low)
     whole = decide_uniform(task(model, "mptq_vit", "bits=4.4"))
     assert {t.bits for ts in whole.layers.values() for t in ts if isinstance(t, RoundActivations)} == {4}
+
+
+@pytest.mark.parametrize("name", ["evol_q", "mptq_vit"])
+def test_what_norms_read_is_in_the_plan_the_budget_and_the_files(model: nn.Module, name: str, tmp_path: Path) -> None:
+    asked = task(model, name, "bits=5", **(SHORT | {"norms": True}))
+    found = DECIDERS.get(asked.recipe.decider)(asked)
+    norms = [ref.path for ref in list_layers(model) if ref.kind == "norm"]
+    widths = {t.bits for path in norms for t in found.layers[path] if isinstance(t, RoundActivations)}
+    assert widths == {8} if name == "evol_q" else widths <= {6, 4}
+    assert {found.layers[path][0].label()[2:] for path in norms} == {" power-of-two"}
+    treated, _ = apply_plan(asked.bench.model, found.layers, asked.bench.calibration)
+    _, allocation = decided_table(asked, found)
+    assert parameter_bytes(treated) == allocation.cost.bytes <= asked.limits["bytes"]
+    # A float32 step and an 8-bit zero point for each of the 16 channels of the 5 norms.
+    plain = {path: ts for path, ts in found.layers.items() if path not in norms}
+    without, _ = apply_plan(asked.bench.model, plain, asked.bench.calibration)
+    assert parameter_bytes(treated) - parameter_bytes(without) == 5 * 16 * 5
+    save_model(treated, tmp_path / "out")
+    again, _ = load(tmp_path / "out")
+    data = as_calibration(images())
+    for batch in data:
+        got, wanted, other = (logits_of(data.forward(m, batch)) for m in (again, treated, without))
+        assert torch.equal(got, wanted) and not torch.equal(got, other)
+    for path in norms:
+        beside = attached(again.get_submodule(path), "input_quantizer")
+        assert isinstance(beside, InputQuantizer) and beside.quantizer.scale is not None
+        assert set((beside.quantizer.scale / beside.quantizer.scale.min()).tolist()) <= {1.0, 2.0, 4.0, 8.0}
 
 
 def test_registered_by_name() -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+import yaml
+from torch import nn
 
 from layerwright.core.calibration import as_calibration
-from layerwright.core.errors import InputError
+from layerwright.core.errors import InputError, PlanError
 from layerwright.core.layers import list_layers, parameter_bytes
+from layerwright.core.plan import Plan
 from layerwright.core.storage import activation_bytes
-from layerwright.core.treatment import RoundActivations
+from layerwright.core.treatment import RoundActivations, treatments_from_data, treatments_to_data
 from layerwright.nn.activation import InputQuantizer
 from layerwright.nn.attached import attached
 from layerwright.nn.quantizer import fake_quantize
 from layerwright.score.gradients import output_gradients
-from layerwright.treat.activations import Samples, fit_power_of_two, fit_quantizer, hessian_error
+from layerwright.treat.activations import Samples, fit_power_of_two, fit_quantizer, hessian_error, norm_channels
 from layerwright.treat.apply import apply_plan
 from zoo import ZOO, logits
 
@@ -115,8 +119,44 @@ def test_hessian_is_carried_out_with_the_loss_of_the_calibration(name: str) -> N
     torch.testing.assert_close(beside.quantizer.scale, wanted.scale, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize(
+    "treatment", [rounding(4, "hessian"), rounding(8, "power_of_two", "channel"), rounding(3, "power_of_two", "channel")]
+)
+def test_a_plan_s_file_carries_them(treatment: RoundActivations, tmp_path: Path) -> None:
+    data = yaml.safe_load(yaml.safe_dump(treatments_to_data((treatment,))))
+    assert treatments_from_data(data) == (treatment,)
+    plan = Plan(layers={"a.b": (treatment,)})
+    assert Plan.load(plan.save(tmp_path / "plan.yaml")).layers == plan.layers
+    assert rounding(8, "power_of_two", "channel").label() == "a8 power-of-two" and rounding(4, "hessian").label() == "a4"
+    assert activation_bytes((treatment,), 7) == (35 if treatment.share == "channel" else 5)
+
+
+def test_channels_of_norms_are_their_last_dimension() -> None:
+    llama, _ = ZOO["llama"]()
+    assert norm_channels(llama.model.norm) == llama.config.hidden_size
+    assert norm_channels(nn.LayerNorm((3, 6))) == 6
+    for module in (nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True), nn.Linear(4, 4)):
+        assert norm_channels(module) == 0
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    with pytest.raises(InputError, match="1: its channels are not the last dimension"):
+        apply_plan(net, {"1": (rounding(8, "power_of_two", "channel"),)}, [torch.randn(2, 3, 5, 5)])
+
+
 def test_bad_input() -> None:
     _, samples = wide()
+    for settings in ({"share": "tensor"}, {"share": "token"}, {"symmetric": True}):
+        with pytest.raises(InputError, match="power_of_two needs grid: uniform, share: channel and symmetric: false"):
+            RoundActivations(8, **{"share": "channel", "observer": "power_of_two", **settings})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="two_region needs share: tensor"):
+        RoundActivations(8, "two_region", "channel", observer="power_of_two")
+    with pytest.raises(PlanError, match="here: observer: power_of_two needs"):
+        treatments_from_data({"activations": {"observer": "power_of_two"}}, "here")
+    with pytest.raises(InputError, match="unknown value 'hesian'"):
+        treatments_from_data({"activations": {"observer": "hesian"}}, "here")
+    model, batches = ZOO["deit"]()
+    norm = next(ref.path for ref in list_layers(model) if ref.kind == "norm")
+    with pytest.raises(InputError, match="observer hessian needs the weight that reads"):
+        apply_plan(model, {norm: (rounding(8, "hessian"),)}, batches)
     with pytest.raises(InputError, match="layer: observer hessian needs the weight"):
         fit_quantizer(samples, 4, "layer", observer="hessian", weight=torch.ones(2, 12))
     with pytest.raises(InputError, match="share: channel"):

@@ -44,8 +44,7 @@ def prepared_limits(
     found: dict[str, float] = {}
     for limit in budget:
         table = OptionTable((), original=after if limit.name == "bits" else before)
-        for resource, bound in limits_of(Budget((limit,)), table, refs, group_size, element_bytes).items():
-            found[resource] = min(bound, found.get(resource, bound))
+        found |= limits_of(Budget((limit,)), table, refs, group_size, element_bytes)
     return found
 
 

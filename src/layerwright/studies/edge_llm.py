@@ -103,7 +103,7 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
 
 
 def _steps(quick: bool) -> int:
-    return 12 if quick else 240
+    return 12 if quick else 360
 
 
 def _one_seed(model: nn.Module, seed: int, quick: bool, tell: Progress) -> _Outcome:
