@@ -21,6 +21,7 @@ PUBLIC = [
     "Drop",
     "Evidence",
     "Forecast",
+    "KVBudget",
     "LayerRef",
     "LayerwrightError",
     "LowRank",

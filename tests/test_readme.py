@@ -154,7 +154,9 @@ def test_recipes_page_example_is_a_recipe() -> None:
     assert len(example.candidates) == 3
 
 
-@pytest.mark.parametrize("room", ["nn", "data", "score", "allocate", "tune", "explain", "recipes", "studies", "report"])
+@pytest.mark.parametrize(
+    "room", ["nn", "data", "score", "allocate", "tune", "models", "explain", "recipes", "studies", "report"]
+)
 def test_room_page_documents_every_public_name(room: str) -> None:
     page = (ROOT / f"docs/rooms/{room}.md").read_text()
     documented = set(re.findall(rf"^::: layerwright\.{room}\.(\w+)$", page, re.MULTILINE))

@@ -21,6 +21,7 @@ _HOMES = {
     "Drop": "core.treatment",
     "Evidence": "core.evidence",
     "Forecast": "core.forecast",
+    "KVBudget": "core.treatment",
     "LayerRef": "core.layer",
     "LayerwrightError": "core.errors",
     "LowRank": "core.treatment",
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
     from layerwright.core.recipe import Recipe
     from layerwright.core.records import ApplyReport
     from layerwright.core.target import Target
-    from layerwright.core.treatment import Drop, LowRank, Narrow, Quantize, RoundCache, Sparsify
+    from layerwright.core.treatment import Drop, KVBudget, LowRank, Narrow, Quantize, RoundCache, Sparsify
     from layerwright.data.loading import load
     from layerwright.recipes.measure import measure
     from layerwright.recipes.optimize import optimize

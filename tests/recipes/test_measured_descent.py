@@ -37,7 +37,7 @@ from layerwright.treat.writer import save_model
 from layerwright.tune.losses import kl_outputs
 
 LOADS_ALL = Target("layerwright", kinds=frozenset({"quantize", "activations", "attention"}))
-FEW = {"widths": [6, 4, 3], "samples": 8}
+FEW = {"widths": [6, 4], "samples": 8}
 SHORT = {"widths": [6, 4], "samples": 8, "two_regions": False, "attention": False}
 
 

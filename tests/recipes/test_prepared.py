@@ -30,7 +30,9 @@ def swin() -> tuple[nn.Module, Calibration]:
 
 
 def made_bytes(model: nn.Module) -> int:
-    return 4 * model.get_submodule(MERGING).out_features
+    reader = model.get_submodule(MERGING)
+    assert isinstance(reader, nn.Linear)
+    return 4 * reader.out_features
 
 
 @pytest.fixture(scope="module")

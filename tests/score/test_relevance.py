@@ -383,6 +383,8 @@ def test_bad_input() -> None:
         lrp(model, x, rules="alpha2beta0")
     with pytest.raises(InputError, match="kind"):
         lrp_contribution(model, batches, "loud")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="calibration"):
+        lrp_contribution(model, [])
     resnet, images = ZOO["resnet"]()
     with pytest.raises(TypeError, match="ResNetForImageClassification: no attention was recognised"):
         lrp(resnet, images[0]["pixel_values"])

@@ -14,7 +14,7 @@ from layerwright.core.treatment import Quantize
 from layerwright.treat.apply import apply_plan
 from layerwright.treat.migrate import find_norm_readers, migrate_, norm_offset
 from layerwright.treat.prepare import prepare_
-from layerwright.treat.smooth import channel_ranges, smooth_
+from layerwright.treat.smooth import _forms, channel_ranges, smooth_
 from zoo import ZOO, logits
 
 PRE_NORM = [
@@ -106,6 +106,30 @@ def test_weights_and_biases_are_made_where_there_are_none() -> None:
         migrate_(copy, group, scale[:3])
 
 
+@pytest.mark.parametrize("name", ["vit", "swin", "llama"])
+def test_factors_of_one_and_no_shift_change_no_bit(name: str) -> None:
+    model, batches = ZOO[name]()
+    copy = structure_copy(model)
+    for group in find_norm_readers(model, as_calibration(batches)):
+        if not group.others:
+            migrate_(copy, group, torch.ones(group.channels), torch.zeros(group.channels) if group.shift else None)
+    for key, value in copy.state_dict().items():
+        # A reader without bias has one of zeros now.
+        assert torch.equal(value, model.state_dict().get(key, torch.zeros_like(value))), key
+    assert torch.equal(logits(copy, batches[0]), logits(model, batches[0]))
+
+
+def test_factors_keep_within_bounds() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.read.weight.copy_(torch.tensor([1e-12, 1.0, 1.0, 1.0, 1.0, 1e12]).expand(3, 6))
+    (group,) = find_norm_readers(model, as_calibration([torch.randn(5, 6)]))
+    ends = torch.tensor([[1e6, 1.0, 1e-7, 2.0, 3.0, 1e-3]])
+    (scale, shift) = _forms(model, group, (-ends[0], ends[0]), "balance", 0.5, False)["smoothed"]
+    assert shift is None and scale[0] == 1e4 and scale[5] == pytest.approx(1e-4) and scale[2] == 1
+    assert scale[3] == pytest.approx(2**0.5)
+
+
 def test_norms_that_add_one_to_their_weight() -> None:
     gemma, _ = ZOO["gemma2"]()
     llama, _ = ZOO["llama"]()
@@ -162,6 +186,8 @@ def test_bad_input() -> None:
         prepare_(model, {"smooth": {"beta": 1}}, calibration)
     with pytest.raises(InputError, match="pass calibration data"):
         prepare_(model, {"smooth": {}}, None)
+    with pytest.raises(InputError, match="calibration"):
+        smooth_(model, as_calibration([]))
     with pytest.raises(InputError, match="alpha 2"):
         smooth_(model, calibration, alpha=2)
     resnet, images = ZOO["resnet"]()

@@ -120,14 +120,17 @@ def test_hessian_is_carried_out_with_the_loss_of_the_calibration(name: str) -> N
 
 
 @pytest.mark.parametrize(
-    "treatment", [rounding(4, "hessian"), rounding(8, "power_of_two", "channel"), rounding(3, "power_of_two", "channel")]
+    "treatment",
+    [rounding(4, "hessian"), rounding(8, "power_of_two", "channel"), rounding(3, "power_of_two", "channel")],
 )
 def test_a_plan_s_file_carries_them(treatment: RoundActivations, tmp_path: Path) -> None:
     data = yaml.safe_load(yaml.safe_dump(treatments_to_data((treatment,))))
     assert treatments_from_data(data) == (treatment,)
     plan = Plan(layers={"a.b": (treatment,)})
     assert Plan.load(plan.save(tmp_path / "plan.yaml")).layers == plan.layers
-    assert rounding(8, "power_of_two", "channel").label() == "a8 power-of-two" and rounding(4, "hessian").label() == "a4"
+    assert (
+        rounding(8, "power_of_two", "channel").label() == "a8 power-of-two" and rounding(4, "hessian").label() == "a4"
+    )
     assert activation_bytes((treatment,), 7) == (35 if treatment.share == "channel" else 5)
 
 
@@ -137,6 +140,16 @@ def test_channels_of_norms_are_their_last_dimension() -> None:
     assert norm_channels(nn.LayerNorm((3, 6))) == 6
     for module in (nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True), nn.Linear(4, 4)):
         assert norm_channels(module) == 0
+    convnext, batches = ZOO["convnext"]()
+    norms = {
+        ref.path: norm_channels(convnext.get_submodule(ref.path)) for ref in list_layers(convnext) if ref.kind == "norm"
+    }
+    assert 0 in norms.values() and any(norms.values())
+    treatment = rounding(8, "power_of_two", "channel")
+    treated, _ = apply_plan(convnext, {path: (treatment,) for path, count in norms.items() if count}, batches)
+    assert parameter_bytes(treated) == parameter_bytes(convnext) + 5 * sum(norms.values())
+    with pytest.raises(InputError, match="its channels are not the last dimension"):
+        apply_plan(convnext, {next(path for path, count in norms.items() if not count): (treatment,)}, batches)
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     with pytest.raises(InputError, match="1: its channels are not the last dimension"):
         apply_plan(net, {"1": (rounding(8, "power_of_two", "channel"),)}, [torch.randn(2, 3, 5, 5)])

@@ -130,5 +130,5 @@ def test_bad_input() -> None:
     images = [{"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))}]
     groups = find_norm_readers(post_norm, as_calibration(images))
     assert all(group.others for group in groups)
-    with pytest.raises(InputError, match="no norm whose output only goes into linear layers"):
+    with pytest.raises(InputError, match=r"only goes into linear layers \(swinv2\.\S*norm\S* is also read by"):
         smooth_(post_norm, as_calibration(images))

@@ -19,8 +19,8 @@ from layerwright.nn.quantized import QuantLinear
 from layerwright.studies._vit import build_vit, vit_plan
 from layerwright.treat.apply import apply_plan
 from layerwright.tune import TUNERS
-from layerwright.tune._scales import blocks_with_scales
-from layerwright.tune.evolq import FLOOR, EvolQ, Population
+from layerwright.tune._scales import BlockScales, blocks_with_scales
+from layerwright.tune.evolq import FLOOR, PAPER_STEPS, EvolQ, Population
 from layerwright.tune.losses import info_nce_outputs
 
 SHORT = {"passes": 2, "cycles": 3, "population": 5, "tournament": 3, "step": 0.05, "relative": True}
@@ -155,6 +155,35 @@ def test_scales_stay_positive_and_a_large_step_warns(pair: Any) -> None:
         assert float(block.read().min()) >= FLOOR
 
 
+def test_a_mutation_stays_within_the_step_of_its_width(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, _, data = pair
+    assert PAPER_STEPS == {2: 1e-3, 3: 1e-3, 4: 1e-3, 5: 1e-4, 6: 1e-4, 7: 1e-4, 8: 1e-4}
+    owner = "vit.layers.1.attention"
+    plan = {f"{owner}.{name}": (Quantize(bits, method="mse"),) for name, bits in (("q_proj", 4), ("o_proj", 8))}
+    quantized, _ = apply_plan(reference, plan, data)
+    (block,) = blocks_with_scales(quantized, None, reference)
+    wide = {module.quantize.bits: module.weight_scale.numel() for _, module in block.layers}
+    assert block.steps(PAPER_STEPS).tolist() == pytest.approx([1e-3] * wide[4] + [1e-4] * wide[8])
+    start, written = block.read(), []
+    write = BlockScales.write_
+
+    def see(self: BlockScales, theta: Tensor) -> None:
+        written.append(theta.clone())
+        write(self, theta)
+
+    monkeypatch.setattr(BlockScales, "write_", see)
+    for settings, widths in (
+        ({}, block.steps(PAPER_STEPS)),
+        ({"step": 5e-4}, torch.full_like(start, 5e-4)),
+        ({"step": 0.01, "relative": True}, torch.full_like(start, 0.01 * float(start.median()))),
+    ):
+        written.clear()
+        # One cycle: the child's parent is the start.
+        EvolQ(passes=1, cycles=1, **settings).fit(quantized, data, reference)
+        moved = (written[0] - start).abs()
+        assert bool((moved <= widths * 1.001 + 1e-9).all()) and bool((moved > 0.5 * widths).any())
+
+
 def test_scales_of_other_rounding_keep_their_codes(pair: Any) -> None:
     reference, _, data = pair
     path = "vit.layers.1.attention.q_proj"
@@ -261,6 +290,8 @@ def test_bad_input(pair: Any) -> None:
     for bad in ({"step": 0.0}, {"population": 0}, {"cycles": -1}, {"heldout": 1.0}, {"order": "up"}, {"loss": "l1"}):
         with pytest.raises(InputError):
             EvolQ(**bad)
+    with pytest.raises(InputError, match="calibration"):
+        EvolQ(**SHORT).fit(quantized, [], reference)
     tuner = TUNERS.get("evolq")
     with pytest.raises(InputError, match=r"evolq: .*'cycle'"):
         tuner(quantized, data, teacher=reference, cycle=3)

@@ -5,6 +5,7 @@
   do not add up. `clusters`: similar layers share a treatment. `uniform`, `one_shot`: baselines.
 - `global_rows`: widths for the output rows of all layers together. `fptq_strategy`: how each input is rounded.
 - `greedy_descent`: step by step down, by measuring.
+- `kv_budgets`: tokens of key-value cache for each layer (in `layerwright.allocate.kv_budgets`).
 - `keep_blocks`: which blocks stay when the lowest-ranked ones go.
 - `pareto`: the trade-off between a resource and the damage. `minimum`: the smallest reachable total.
 - `merge_ties`, `filter_target`: tables for tied layers and for a program that must load the result.

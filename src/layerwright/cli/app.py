@@ -6,6 +6,7 @@ import typer
 
 from layerwright.cli import changing, deciding, showing
 from layerwright.cli.bench_mq import bench_mq
+from layerwright.cli.growing import grow
 from layerwright.cli.place import place
 
 __all__ = ["app"]
@@ -36,6 +37,7 @@ for _command in (
     showing.measure,
     changing.export,
     changing.optimize,
+    grow,
     showing.report,
     showing.recipes,
     showing.systems,

@@ -76,7 +76,9 @@ def tune(
     model: Model,
     method: Annotated[
         str,
-        typer.Option("--method", "-m", help="lora, full, distill, distill_layers, window, adaquant, renormalize, bias_tune."),
+        typer.Option(
+            "--method", "-m", help="lora, adamole, full, distill, distill_layers, window, dlo, adaquant, renormalize, bias_tune."
+        ),
     ],
     out: Out,
     data: Data = None,

@@ -30,6 +30,8 @@ class Recipe:
         drop_blocks: whether blocks may be removed.
         drop_scorer: scorer of a block's removal.
         attention: what every attention module gets (`RoundAttention`), besides what is decided.
+        cache_shares: shares of the context that an attention module's cache may keep, offered where a budget limits the
+            cache (`KVBudget`); none by default.
         prepare: steps that change weights but not what the model computes (``shift_smooth``, ...), done before scoring
             and treating: name to settings.
         group_size: group size of the uniform quantization that ``bits=`` refers to.
@@ -53,6 +55,7 @@ class Recipe:
     drop_blocks: bool = False
     drop_scorer: str = "block_removal"
     attention: Treatments = ()
+    cache_shares: tuple[float, ...] = ()
     prepare: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     group_size: int = -1
     scorer_settings: Mapping[str, Any] = field(default_factory=dict)
@@ -85,6 +88,10 @@ class Recipe:
         values["candidates"] = tuple(treatments_from_data(item, f"{where}: candidates") for item in listed)
         values["attention"] = treatments_from_data(values.get("attention"), f"{where}: attention")
         values["needs"] = tuple(values.get("needs") or ())
+        shares = values.get("cache_shares") or []
+        if not isinstance(shares, list) or not all(isinstance(s, int | float) and 0 < s < 1 for s in shares):
+            raise InputError(f"{where}: cache_shares: got {shares!r}, expected a list of shares between 0 and 1")
+        values["cache_shares"] = tuple(shares)
         steps = values.get("prepare") or {}
         if not isinstance(steps, Mapping) or not all(isinstance(s or {}, Mapping) for s in steps.values()):
             raise InputError(
@@ -113,4 +120,5 @@ class Recipe:
         data["candidates"] = [treatments_to_data(treatments) for treatments in self.candidates]
         data["attention"] = treatments_to_data(self.attention)
         data["needs"] = list(self.needs)
+        data["cache_shares"] = list(self.cache_shares)
         return data

@@ -3,11 +3,13 @@
 - `lrp`: layer-wise relevance propagation through a vision transformer; `Relevance`: what it returns.
 - `lrp_linear`, `lrp_conv`, `lrp_matmul`, `lrp_add`, `lrp_multiply`, `lrp_proportional`, `lrp_pixels`: its rules.
 - `lrp_contribution`: the share of every layer.
+- `expert_usage`: which experts of a mixture of adapters serve which layers; `UsageTable`: what it returns.
 - `scale_landscape`: the loss over a plane of weight scales, or of weights, of one block; `roughness` of such a grid.
 """
 
 from __future__ import annotations
 
+from layerwright.explain.expert_usage import UsageTable, expert_usage
 from layerwright.explain.scale_landscape import Landscape, roughness, scale_landscape
 from layerwright.score.relevance import (
     Relevance,
@@ -25,6 +27,8 @@ from layerwright.score.relevance import (
 __all__ = [
     "Landscape",
     "Relevance",
+    "UsageTable",
+    "expert_usage",
     "lrp",
     "lrp_add",
     "lrp_contribution",

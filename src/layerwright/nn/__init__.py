@@ -8,6 +8,7 @@
 - `W4A8Linear`: 4-bit weights times 8-bit activations in integers (FPTQ).
 - `FactorizedConv`: a convolution as a chain of smaller ones (Mixed-TD).
 - `ActivationQuantizer`, `InputQuantizer`, `AttentionProducts`: rounded activations, beside the layer that reads them.
+- `LoRAMixture`: low-rank experts beside a linear layer, chosen by token (AdaMoLE).
 - `Stored`: a treated weight as tensors, from which they are made.
 - `replace_`, `structure_of`, `rebuild_`, `module_from_spec`: put them into a model, list them, build them again.
 """
@@ -18,6 +19,8 @@ from layerwright.nn.activation import ActivationQuantizer, InputQuantizer
 from layerwright.nn.attention_products import AttentionProducts
 from layerwright.nn.experts import LowRankStack, PackedStack, SparseStack, replace_parameter_
 from layerwright.nn.factorized import FactorizedConv
+from layerwright.nn.lora_experts import LoRAExperts
+from layerwright.nn.lora_mixture import ExpertUsage, LoRAMixture
 from layerwright.nn.low_rank import LowRankConv, LowRankLinear
 from layerwright.nn.mixed_rows import MixedRowLinear
 from layerwright.nn.quantized import QuantConv, QuantEmbedding, QuantLinear
@@ -29,8 +32,11 @@ from layerwright.nn.w4a8 import W4A8Linear
 __all__ = [
     "ActivationQuantizer",
     "AttentionProducts",
+    "ExpertUsage",
     "FactorizedConv",
     "InputQuantizer",
+    "LoRAExperts",
+    "LoRAMixture",
     "LowRankConv",
     "LowRankLinear",
     "LowRankStack",

@@ -105,21 +105,12 @@ class LoraLinear(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """Plain data from which `empty` builds the same form."""
-        base: dict[str, Any]
-        if isinstance(self.base, TreatedLinear):
-            base = self.base.spec()
-        else:
-            kind = "linear" if isinstance(self.base, nn.Linear) else "conv1d"
-            weight = self.base.weight
-            assert isinstance(weight, Tensor)
-            base = {"type": kind, "bias": self.base.bias is not None, "dtype": dtype_name(weight.dtype)}
-            base |= {"in_features": self.in_features, "out_features": self.out_features}
-        return {"type": "lora_linear", "rank": self.rank, "alpha": self.alpha, "base": base}
+        return {"type": "lora_linear", "rank": self.rank, "alpha": self.alpha, "base": base_spec(self.base)}
 
     @classmethod
     def empty(cls, spec: Mapping[str, Any]) -> LoraLinear:
         """A layer of that form with uninitialised weights, for a state dict to fill."""
-        return cls(_base_from_spec(spec["base"]), spec["rank"], spec["alpha"])
+        return cls(base_from_spec(spec["base"]), spec["rank"], spec["alpha"])
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -145,7 +136,21 @@ def _dense(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear
     return layer
 
 
-def _base_from_spec(spec: Mapping[str, Any]) -> nn.Module:
+def base_spec(base: nn.Module) -> dict[str, Any]:
+    """Plain data of the layer inside an adapter, from which `base_from_spec` builds the same form."""
+    if isinstance(base, TreatedLinear):
+        return base.spec()
+    sides = linear_sides(base)
+    assert sides is not None
+    weight = base.weight
+    assert isinstance(weight, Tensor)
+    kind = "linear" if isinstance(base, nn.Linear) else "conv1d"
+    found: dict[str, Any] = {"type": kind, "bias": base.bias is not None, "dtype": dtype_name(weight.dtype)}
+    return found | {"in_features": sides[1], "out_features": sides[0]}
+
+
+def base_from_spec(spec: Mapping[str, Any]) -> nn.Module:
+    """An empty layer of the form that `base_spec` describes."""
     from layerwright.nn.replace import module_from_spec
 
     if spec["type"] == "linear":

@@ -46,12 +46,16 @@ for _name, _cls in {
 }.items():
     MODULES.add(_name, _cls)
 MODULES.add("lora_linear", "layerwright.nn.lora:LoraLinear")
+MODULES.add("lora_mixture", "layerwright.nn.lora_mixture:LoRAMixture")
 MODULES.add("input_quantizer", InputQuantizer)
 MODULES.add("mixed_row_linear", MixedRowLinear)
 MODULES.add("w4a8_linear", "layerwright.nn.w4a8:W4A8Linear")
 MODULES.add("attention_products", AttentionProducts)
 MODULES.add("factorized_conv", "layerwright.nn.factorized:FactorizedConv")
 MODULES.add("resized_linear", "layerwright.nn.resized:ResizedLinear")
+MODULES.add("token_routing", "layerwright.nn.routed:TokenRouting")
+MODULES.add("traversal", "layerwright.nn.traversed:Traversal")
+MODULES.add("cache_budget", "layerwright.nn.kv.attach:CacheBudget")
 MODULES.add("key_value_rounding", "layerwright.nn.rounded_cache:KeyValueRounding")
 
 

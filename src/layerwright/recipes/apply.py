@@ -17,7 +17,7 @@ from layerwright.core.layers import list_layers
 from layerwright.core.memory import peak_memory_bytes
 from layerwright.core.plan import Plan
 from layerwright.core.records import ApplyReport
-from layerwright.core.treatment import RoundActivations, RoundAttention, RoundCache
+from layerwright.core.treatment import KVBudget, RoundActivations, RoundAttention, RoundCache
 from layerwright.data.loading import Source, check_device, load, locate, torch_dtype
 from layerwright.recipes.bench import read_data
 from layerwright.recipes.forecast import forecast_apply
@@ -147,9 +147,9 @@ def apply_job(
         reason = "it is treated already"
     if decided.prepare:
         reason = reason or f"the plan prepares the whole model first: {', '.join(decided.prepare)}"
-    roundings = RoundActivations | RoundAttention | RoundCache
+    roundings = KVBudget | RoundActivations | RoundAttention | RoundCache
     if any(isinstance(t, roundings) for own in decided.layers.values() for t in own):
-        reason = reason or "the plan rounds activations or the cache"
+        reason = reason or "the plan rounds activations, or rounds or limits the cache"
     reason = reason or streams(source.folder)
     forecast = forecast_apply(
         skeleton,

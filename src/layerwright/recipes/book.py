@@ -46,5 +46,7 @@ def recipe(name: str | Path | Recipe) -> Recipe:
 
 
 def default_recipe(budget: Budget) -> Recipe:
-    """`mixed` where only bits are bounded; `joint` where bytes, time or cache are."""
+    """`mixed` where only bits are bounded, `squeeze_attention` where only the cache is; `joint` elsewhere."""
+    if all(limit.name == "kv" for limit in budget):
+        return recipe("squeeze_attention")
     return recipe("mixed" if all(limit.name == "bits" for limit in budget) else "joint")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwright.core.budget import Budget
+from layerwright.core.calibration import Calibration
 from layerwright.core.checkpoint import Checkpoint
 from layerwright.core.errors import CheckError, InputError
 from layerwright.core.forecast import Forecast
@@ -29,7 +30,9 @@ from layerwright.recipes.book import default_recipe, recipe
 from layerwright.recipes.feasible import refuse_unreachable, static_part
 from layerwright.recipes.forecast import forecast_apply
 from layerwright.recipes.job import protected_blocks
+from layerwright.recipes.kv_rows import free_rows
 from layerwright.recipes.needs import require
+from layerwright.recipes.removable import removable
 from layerwright.recipes.table import candidates_for
 from layerwright.recipes.width import narrows
 from layerwright.score.costs import find_blocks_or_none, profile_model
@@ -108,7 +111,7 @@ def check_job(
     ):  # without blocks `_reachable` refuses
         problems.append(f"recipe {chosen.name} has no treatment that {goal.name} loads and that fits {source.name}")
     smallest = {ref.path: _smallest(ref, candidates[ref.path], width) for ref in refs}
-    attempt(lambda: _reachable(limits, skeleton, refs, candidates, chosen, goal, width, parts))
+    attempt(lambda: _reachable(limits, skeleton, refs, candidates, chosen, goal, width, parts, split[0]))
     plan = Plan(layers={path: t for path, t in smallest.items() if t})
     forecast = forecast_apply(
         skeleton,
@@ -165,12 +168,14 @@ def _reachable(
     goal: Target,
     width: int,
     parts: Mapping[str, FeedForward],
+    data: Calibration,
 ) -> None:
     """Refuse a budget that the shapes alone show to be out of reach, dropped blocks included."""
     blocks = find_blocks_or_none(model)
+    profile = profile_model(model, timing=False)
     refuse_unreachable(
         static_part(limits),
-        profile_model(model, timing=False),
+        profile,
         refs,
         candidates,
         chosen,
@@ -179,6 +184,8 @@ def _reachable(
         blocks=blocks,
         settings=protected_blocks(chosen.allocator_settings, sum(len(stack) for stack in blocks)),
         parts=parts,
+        cache=free_rows(model, data, profile, limits, goal, chosen.cache_shares),
+        free=removable(model, blocks) if chosen.drop_blocks else None,
     )
 
 

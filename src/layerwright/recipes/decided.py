@@ -13,6 +13,7 @@ from layerwright.core.option import Allocation, Option, OptionTable
 from layerwright.core.storage import activation_bytes
 from layerwright.core.treatment import Treatments
 from layerwright.recipes.deciders import DECIDERS, Choice, Task
+from layerwright.recipes.kv_rows import with_saved_cache
 from layerwright.recipes.table import MsOf, planned_in, treated_cost
 from layerwright.treat.activations import norm_channels
 
@@ -63,6 +64,7 @@ def decided_table(task: Task, choice: Choice, ms: MsOf | None = None) -> tuple[O
         else:
             channels = norm_channels(task.bench.model.get_submodule(path))
             option = _range_option(path, treatments, channels or 1)
+            option = with_saved_cache(option, task.profile, task.bench.calibration)
         rows.append(option)
         chosen[path] = option
     fixed = task.profile.total - total(before.values())

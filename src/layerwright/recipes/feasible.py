@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from layerwright.allocate import ALLOCATORS, filter_target, merge_ties, minimum
@@ -13,11 +14,13 @@ from layerwright.core.blocks import Blocks
 from layerwright.core.budget import Budget, Limit
 from layerwright.core.errors import BudgetError, InputError
 from layerwright.core.layer import LayerRef
-from layerwright.core.option import OptionTable, Scores
+from layerwright.core.option import Option, OptionTable, Scores
 from layerwright.core.profile import Profile
 from layerwright.core.recipe import Recipe
 from layerwright.core.target import Target
 from layerwright.core.treatment import Treatments
+from layerwright.recipes.kv_rows import with_rows
+from layerwright.recipes.removable import COUNTS_PLACES, leave_one
 from layerwright.recipes.table import MsOf, fused_groups, limits_of, option_table, uniform_bytes
 from layerwright.treat.narrow import FeedForward
 
@@ -48,6 +51,8 @@ def refuse_unreachable(
     ms: MsOf | None = None,
     settings: Mapping[str, int] | None = None,
     parts: Mapping[str, FeedForward] | None = None,
+    cache: Sequence[Option] = (),
+    free: Collection[str] | None = None,
 ) -> None:
     """Refuse a budget that no choice among the recipe's treatments meets, whatever the scores will be.
 
@@ -66,6 +71,8 @@ def refuse_unreachable(
         ms: time after treatment, as the table will be given it.
         settings: of the allocator.
         parts: feed-forward parts that may be made narrower.
+        free: the blocks that may go; None means all.
+        cache: rows that limit caches (`layerwright.recipes.kv_rows`).
 
     Raises:
         BudgetError: a limit that cannot be met; names the reachable minimum in the limit's own unit.
@@ -76,7 +83,7 @@ def refuse_unreachable(
         raise InputError(f"recipe {chosen.name} drops blocks, and the model has no repeated blocks")
     if not limits.limits or not (any(candidates.values()) or chosen.drop_blocks):
         return
-    table = _table(profile, refs, candidates, chosen, goal, element_bytes, blocks, ms, parts)
+    table = _table(profile, refs, candidates, chosen, goal, element_bytes, blocks, ms, parts, cache, free)
     bounds = limits_of(limits, table, refs, chosen.group_size, element_bytes)
     for limit in limits:
         least = minimum(table, limit.resource)
@@ -101,10 +108,17 @@ def _table(
     blocks: Sequence[Blocks],
     ms: MsOf | None,
     parts: Mapping[str, FeedForward] | None,
+    cache: Sequence[Option],
+    may_go: Collection[str] | None,
 ) -> OptionTable:
     free = Scores("none", {(path, t): 0.0 for path, options in candidates.items() for t in options})
     dropping = chosen.drop_blocks and bool(blocks)
-    drops = Scores("none", sensitivities={name: 0.0 for stack in blocks for name in stack.names})
+    names = [name for stack in blocks for name in stack.names if may_go is None or name in may_go]
+    # One block of a stack stays, whichever hurts most; here the cheapest one, so that no budget is refused that can be met.
+    drops = Scores("none", sensitivities={name: -profile[name].cost.bytes for name in names})
+    if chosen.allocator not in COUNTS_PLACES:
+        drops = leave_one(drops, blocks)
+    drops = replace(drops, sensitivities=dict.fromkeys(drops.sensitivities, 0.0))
     table = option_table(
         profile,
         refs,
@@ -117,7 +131,7 @@ def _table(
         parts=parts,
     )
     groups = fused_groups(refs, goal)
-    return filter_target(merge_ties(table, groups) if groups else table, goal)
+    return filter_target(with_rows(merge_ties(table, groups) if groups else table, cache), goal)
 
 
 def _in_unit(

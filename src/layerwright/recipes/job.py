@@ -17,7 +17,7 @@ from layerwright.core.cost import Cost
 from layerwright.core.errors import InputError
 from layerwright.core.layer import LayerRef, get_parameter
 from layerwright.core.layers import list_layers, structure_copy, treatable
-from layerwright.core.option import Allocation, OptionTable, Scores
+from layerwright.core.option import Allocation, Option, OptionTable, Scores
 from layerwright.core.plan import Plan
 from layerwright.core.profile import Profile
 from layerwright.core.recipe import Recipe
@@ -29,9 +29,10 @@ from layerwright.recipes.book import default_recipe, recipe
 from layerwright.recipes.decided import range_bytes, run_decider
 from layerwright.recipes.deciders import Task
 from layerwright.recipes.feasible import refuse_unreachable
+from layerwright.recipes.kv_rows import free_rows, measured_rows, with_rows
 from layerwright.recipes.needs import require
 from layerwright.recipes.prepared import prepared_limits, prepared_profile
-from layerwright.recipes.removable import leave_one, removable
+from layerwright.recipes.removable import COUNTS_PLACES, leave_one, refuse_empty, removable
 from layerwright.recipes.settle import choose_by_measuring
 from layerwright.recipes.table import (
     candidates_for,
@@ -173,6 +174,7 @@ def decide(
     blocks = find_blocks_or_none(bench.model)
     settings = protected_blocks(the_recipe.allocator_settings, sum(len(stack) for stack in blocks))
     ms = measured_times(profile.rows, get_parameter(bench.model, refs[0].parameter).dtype) if timing else None
+    cache = free_rows(bench.model, bench.calibration, profile, limits, the_target, the_recipe.cache_shares)
     refuse_unreachable(
         limits,
         profile,
@@ -185,6 +187,8 @@ def decide(
         ms=ms,
         settings=settings,
         parts=parts,
+        cache=cache,
+        free=removable(bench.model, blocks) if the_recipe.drop_blocks else None,
     )
     working = prepared(bench, the_recipe, seed, progress)
     costs = prepared_profile(profile, bench.model, working.model)
@@ -222,6 +226,9 @@ def decide(
         progress=progress,
         fingerprint=profile.fingerprint,
     )
+    drops = removal_damages(scores["blocks"]) if "blocks" in scores else None
+    if drops is not None and the_recipe.allocator not in COUNTS_PLACES:
+        drops = leave_one(drops, blocks)
     table = option_table(
         costs,
         refs,
@@ -231,11 +238,16 @@ def decide(
         blocks=blocks,
         ms=ms,
         parts=parts,
-        drop_scores=leave_one(removal_damages(scores["blocks"]), blocks) if "blocks" in scores else None,
+        drop_scores=drops,
     )
     table = replace(table, original=profile.total)
     if groups:
         table = merge_ties(table, groups)
+    if cache:
+        if progress:
+            progress("scoring: cache budgets", 0, 1)
+        cache, scores["cache"] = measured_rows(working, cache, the_recipe.score_samples)
+        table = with_rows(table, cache)
     table = filter_target(table, the_target)
     if "bytes" in bounds:
         bounds["bytes"] += more_bytes - attention_bytes
@@ -243,6 +255,7 @@ def decide(
     allocation, notes = solve(table), ""
     if the_recipe.measured_choice:
         table, allocation, notes = choose_by_measuring(working, table, allocation, solve, the_recipe.score_samples)
+    refuse_empty([o.layer for o in allocation.chosen if _drops(o)], blocks, limits)
     allocation = with_attention_bits(allocation, all_refs, the_recipe.attention, scores.get("layers"))
     plan = Plan.from_allocation(
         allocation,
@@ -256,6 +269,10 @@ def decide(
         prepare=the_recipe.prepare,
     )
     return Decision(plan, allocation, table, profile, refs, bounds, the_recipe, the_target, scores)
+
+
+def _drops(option: Option) -> bool:
+    return any(t.scope == "block" for t in option.treatments)
 
 
 def prepared(bench: Bench, the_recipe: Recipe, seed: int, progress: Progress | None = None) -> Bench:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -39,6 +40,7 @@ class Measurement:
         ms: median milliseconds of one forward over one sample.
         speed: tokens (or images) per second by batch size; decoding one token at a time where the model decodes.
         memory_bytes: largest resident size of this process after this model ran.
+        kv_bytes_per_token: bytes that the cache holds after one sample, over its tokens; 0 for what does not decode.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Measurement:
     perplexity: float | None = None
     bits_per_byte: float | None = None
     memory_bytes: int = 0
+    kv_bytes_per_token: float = 0.0
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def to_data(self) -> dict[str, Any]:
@@ -126,8 +129,23 @@ def measure(
             perplexity=float(torch.tensor(mean).exp()) if text else None,
             bits_per_byte=mean / 0.6931471805599453 if text and byte_tokens else None,
             memory_bytes=memory[name],
+            kv_bytes_per_token=_cache_bytes(model, single),
         )
     return results
+
+
+@torch.no_grad()
+def _cache_bytes(model: nn.Module, batch: Any) -> float:
+    """Bytes of keys and values that `model` holds after reading `batch`, over its tokens; 0 for what does not decode."""
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if encodes or not isinstance(batch, Mapping) or "input_ids" not in batch or not _decodes(model):
+        return 0.0
+    from layerwright.nn.kv.cache import held_bytes
+
+    ids = batch["input_ids"]
+    with evaluating(model):
+        cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    return held_bytes(cache) / ids.numel() if hasattr(cache, "layers") else 0.0
 
 
 @torch.no_grad()
@@ -251,10 +269,13 @@ def _decoder(model: nn.Module, prompt: Tensor) -> Callable[[], object]:
 
     def run() -> None:
         cache, logits = start.past_key_values, start.logits
+        whole = cache.is_croppable
+        cache = cache if whole else copy.deepcopy(cache)  # evicted tokens cannot be taken back
         for _ in range(DECODED):
             token = logits[:, -1:].argmax(-1)
             step = model(input_ids=token, past_key_values=cache, use_cache=True)
             cache, logits = step.past_key_values, step.logits
-        cache.crop(-DECODED)
+        if whole:
+            cache.crop(-DECODED)
 
     return run

@@ -45,11 +45,23 @@ def _linear(model: nn.Module, *, inside: bool) -> bool:
     return any(ref.block is not None or not inside for ref in refs)
 
 
+def _full_cache(model: nn.Module) -> bool:
+    """It decodes, and all of its layers attend to every token and keep keys and values."""
+    from layerwright.nn.kv.attention import cache_owners
+    from layerwright.nn.kv.cache import plain_layers
+
+    try:
+        return len(cache_owners(model)) == plain_layers(model.config)
+    except (InputError, AttributeError):
+        return False
+
+
 NEEDS: dict[str, Callable[[nn.Module], bool]] = {
     "batchnorm": lambda model: any(isinstance(module, _BatchNorm) for module in model.modules()),
     "blocks": lambda model: bool(_blocks(model)),
     "convolutions": _convolutions,
     "decoder": lambda model: any(stack.role == "decoder" for stack in _blocks(model)),
+    "kv_cache": _full_cache,
     "linear_blocks": lambda model: _linear(model, inside=True),
     "linear_layers": lambda model: _linear(model, inside=False),
     "vision_transformer": _vision_transformer,
@@ -59,6 +71,7 @@ NEEDS: dict[str, Callable[[nn.Module], bool]] = {
 _WORDS = {
     "batchnorm": "batch norms",
     "convolutions": "convolutions of one group and more than 1 x 1 besides its stem",
+    "kv_cache": "a key-value cache in every layer, without windows or states,",
     "linear_blocks": "linear layers in repeated blocks",
     "linear_layers": "linear layers",
     "vision_transformer": "a vision transformer's attention",

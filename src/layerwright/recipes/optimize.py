@@ -25,9 +25,10 @@ from layerwright.core.recipe import Recipe
 from layerwright.core.records import ApplyReport
 from layerwright.core.storage import stored_bytes
 from layerwright.core.target import target as target_of
-from layerwright.core.treatment import Treatments, describe, treatments_to_data
+from layerwright.core.treatment import Treatments, describe, treatments_to_data, weight_treatments
 from layerwright.recipes.bench import Bench, open_bench
 from layerwright.recipes.job import Decision, decide, element_bytes, uniform_layers
+from layerwright.recipes.kv_rows import uniform_budgets
 from layerwright.recipes.measure import Measurement, measure
 from layerwright.recipes.width import narrow_of, narrowed_ref, narrows, without_narrow
 from layerwright.treat.apply import apply_plan
@@ -102,7 +103,8 @@ def optimize(
     Args:
         model: a folder, hub name, ``demo:*`` or a module.
         budget: such as ``bits=3`` or ``size=0.25x,ms=0.8x``.
-        recipe: name, YAML file or `Recipe`; by default `mixed` for bits and `joint` for everything else.
+        recipe: name, YAML file or `Recipe`; by default `mixed` for bits, `squeeze_attention` for the cache, `joint` for
+            everything else.
         data: calibration data; see `open_bench`.
         target: where the result must load.
         out: folder for checkpoint, plan, scores and report; nothing is written without it.
@@ -126,7 +128,15 @@ def optimize(
     if uniform:
         width = element_bytes(bench, decision.refs)
         bound = min(decision.limits.get("bytes", decision.allocation.cost.bytes), decision.table.original.bytes)
-        layers, words = uniform_layers(decision.refs, bound, _fixed(decision, width), decision.recipe.group_size, width)
+        budgets, cache_words = uniform_budgets(
+            decision.plan.layers, decision.profile, decision.limits, bench.calibration
+        )
+        layers: dict[str, Treatments] = {}
+        if not budgets or any(weight_treatments(own) for own in decision.plan.layers.values()):
+            fixed = _fixed(decision, width)
+            layers, words = uniform_layers(decision.refs, bound, fixed, decision.recipe.group_size, width)
+        layers |= budgets
+        words = "; ".join(part for part in (words, cache_words) if part)
         models["uniform"], _ = apply_plan(bench.model, layers, bench.calibration, progress=progress)
     measured = measure(models, bench.heldout, byte_tokens=bench.name == "demo:lm", seed=seed)
     seconds = time.perf_counter() - begun
@@ -258,6 +268,8 @@ def _bytes_after(
         return before
     if _dropped(option):
         return 0.0
+    if all(t.scope == "attention" for t in option.treatments):
+        return before + option.cost.bytes  # what is stored beside the module; its weights are rows of their own
     if len(option.covers) == 1:
         return float(max(option.cost.bytes, 0.0))
     narrow, shape = narrow_of(option.treatments), ref

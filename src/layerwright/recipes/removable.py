@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from layerwright.core.blocks import Blocks
-from layerwright.core.errors import InputError
+from layerwright.core.errors import BudgetError, InputError
 from layerwright.core.option import Scores
 from layerwright.treat.drop import drop_blocks
 
-__all__ = ["leave_one", "removable"]
+__all__ = ["COUNTS_PLACES", "leave_one", "refuse_empty", "removable"]
+
+COUNTS_PLACES = ("one_shot",)
+"""Allocators that protect blocks by their places: these must be offered every block, and are checked afterwards."""
 
 
 def removable(model: nn.Module, blocks: Sequence[Blocks]) -> tuple[str, ...]:
@@ -43,3 +46,17 @@ def leave_one(scores: Scores, blocks: Sequence[Blocks]) -> Scores:
         if all(name in kept for name in stack.names):
             kept.pop(max(stack.names, key=lambda name: kept[name]))
     return replace(scores, sensitivities=kept)
+
+
+def refuse_empty(dropped: Collection[str], blocks: Sequence[Blocks], budget: object) -> None:
+    """Refuse a choice that leaves nothing of a stack.
+
+    Raises:
+        BudgetError: naming the stack.
+    """
+    for stack in blocks:
+        if all(name in dropped for name in stack.names):
+            raise BudgetError(
+                f"budget: {budget} would take all {len(stack)} blocks of {stack.path or 'the model'}; raise the budget, "
+                "protect some blocks, or offer other treatments"
+            )

@@ -16,6 +16,8 @@ from layerwright.nn.treated import TreatedLinear
 from layerwright.recipes.bench import open_bench, read_data
 from layerwright.recipes.measure import Measurement, measure
 from layerwright.treat.writer import check_folder, copy_side_files, save_model, staged_folder
+from layerwright.tune.mixture import find_mixture
+from layerwright.tune.mixture_files import save_adapter
 
 __all__ = ["measure_job", "tune_job"]
 
@@ -55,7 +57,7 @@ def tune_job(
         data: calibration data; see `open_bench`.
         teacher: the original model, where the tuner needs one.
         steps, rank: for the tuners that take them.
-        keep_adapter: save the adapter alone (``lora`` and ``distill``) instead of merging it. Over packed weights the
+        keep_adapter: save the adapter alone (``lora``, ``distill``, ``adamole``) instead of merging it. Over packed weights the
             adapter cannot be merged: the model is then saved with its adapters in place.
         settings: further settings of the tuner, by name.
         seconds: of timing for each model and batch size.
@@ -79,7 +81,7 @@ def tune_job(
     if not main_process():  # all processes hold the same weights now
         return {}
     with staged_folder(Path(out), force) as folder:
-        _save(tuned, folder)
+        _save(tuned, folder, keep_adapter and method == "adamole")
         copy_side_files(source.folder, folder, bench.processor)
     models: dict[str, nn.Module] = {} if original is None else {"teacher": original}
     return measure(
@@ -118,15 +120,17 @@ def _check(
             problems.append(str(error))
     if method in _NEEDS_TEACHER and teacher is None:
         problems.append(f"{method} needs the original model: pass --teacher")
-    if keep_adapter and method not in ("lora", "distill"):
-        problems.append(f"--keep-adapter: {method} makes no adapter; use lora or distill")
+    if keep_adapter and method not in ("lora", "distill", "adamole"):
+        problems.append(f"--keep-adapter: {method} makes no adapter; use lora, distill or adamole")
     if problems:
         raise CheckError(problems)
     return found["tuner"], found["model"], found["teacher"]
 
 
-def _save(tuned: nn.Module, folder: Path) -> None:
-    if hasattr(tuned, "peft_config"):
+def _save(tuned: nn.Module, folder: Path, mixture: bool) -> None:
+    if mixture:
+        save_adapter(find_mixture(tuned), folder)
+    elif hasattr(tuned, "peft_config"):
         import warnings
 
         with warnings.catch_warnings():

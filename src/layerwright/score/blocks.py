@@ -15,10 +15,10 @@ from layerwright.core.calibration import evaluating
 from layerwright.core.capture import first_tensor, watch_outputs
 from layerwright.core.errors import InputError
 from layerwright.core.fingerprint import fingerprint_model
-from layerwright.core.layers import list_layers
 from layerwright.core.option import Scores
 from layerwright.core.skip import skip_blocks
 from layerwright.nn.treated import TreatedWeight
+from layerwright.score.attention_prompt import attention_sites, watch_attention_steps
 from layerwright.score.base import SCORERS, Subject
 from layerwright.score.gradients import loss_terms
 
@@ -178,37 +178,17 @@ def attention_similarity(subject: Subject) -> Scores:
 
     The attention's share is its output added to the block's input. Source: SqueezeAttention (Wang et al., 2024).
     """
-    inner = {
-        ref.path: next(path for path in subject.blocks if ref.path.startswith(path + "."))
-        for ref in list_layers(subject.model)
-        if ref.kind == "attention" and any(ref.path.startswith(path + ".") for path in subject.blocks)
-    }
     begun = time.perf_counter()
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    streams: dict[str, Tensor] = {}
 
-    def before(path: str) -> Any:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            streams[path] = first_tensor(args or kwargs)
+    def see(block: str, before: Tensor, after: Tensor) -> None:
+        _add_distance(sums, counts, block, before, after)
 
-        return hook
-
-    def see(path: str, _args: Any, output: Any) -> None:
-        stream = streams.get(inner[path])
-        change = first_tensor(output)
-        if stream is not None and stream.shape == change.shape:
-            _add_distance(sums, counts, inner[path], stream, stream + change)
-
-    handles = [
-        subject.model.get_submodule(path).register_forward_pre_hook(before(path), with_kwargs=True)
-        for path in set(inner.values())
-    ]
-    try:
-        _run(subject, list(inner), see)
-    finally:
-        for handle in handles:
-            handle.remove()
+    sites = attention_sites(subject.model, list(subject.blocks))
+    with torch.no_grad(), evaluating(subject.model), watch_attention_steps(subject.model, sites, see):
+        for batch in subject.calibration:
+            subject.calibration.forward(subject.model, batch)
     values = {path: sums[path] / counts[path] for path in sums}
     return _scores(subject, "attention_similarity", values, begun, None)
 

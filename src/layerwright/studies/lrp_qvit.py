@@ -53,7 +53,7 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
     """Measure the claims; see `layerwright.studies.run_study`."""
     begun = time.perf_counter()
     tell = progress or (lambda _what, _done, _total: None)
-    draws, plans = (1, 2) if quick else (3, 10)
+    draws, plans, depth = (1, 2, 2) if quick else (3, 10, 4)
     test = unseen_digits(200 if quick else 500)
     table: list[dict[str, Any]] = []
     fixed: list[dict[str, float]] = []
@@ -61,7 +61,7 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
     mixed: list[dict[str, float]] = []
     ranks: list[float] = []
     for seed in range(seeds):
-        model = small_vit(seed, 5 if quick else 30)
+        model = small_vit(seed, 5 if quick else 30, depth)
         table.append({"seed": seed, "plan": "floating point", "accuracy": accuracy(model, test)})
         for draw in range(draws):
             row, error, rows = _fixed(model, seed, draw, test)
@@ -84,7 +84,7 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
         Check("rank correlation of contribution with one layer's KL", statistics.fmean(ranks), 0.4, ">="),
     )
     notes = [
-        f"ViT of width 48 and 4 blocks on digits; {CHANNELS} channels behind each norm times {FACTOR:g}; W4A4, products of "
+        f"ViT of width 48 and {depth} blocks on digits; {CHANNELS} channels behind each norm times {FACTOR:g}; W4A4, products of "
         "attention at 4 bits with logarithmic probabilities; 64 calibration images; patch embedding and head in float",
         "clipped: ends of channels' ranges within 3 standard deviations of the mean over channels; the fence of 1.5 "
         "interquartile ranges (shown) cuts channels of this size to a fraction of their values",

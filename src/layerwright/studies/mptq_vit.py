@@ -69,7 +69,7 @@ class _Size:
 
 
 FULL = _Size(epochs=30, samples=128, tested=500, tokens=4096, widths=(8, 6, 5, 4, 3), shapes=((48, 4), (24, 4)))
-QUICK = _Size(epochs=4, samples=32, tested=64, tokens=512, widths=(6, 5, 4), shapes=((48, 2),))
+QUICK = _Size(epochs=3, samples=16, tested=64, tokens=256, widths=(6, 5, 4), shapes=((48, 2),))
 LEAST_LOSS = 10.0
 """Points that extremes must lose before (2) is tested: twice the gain that it claims."""
 
@@ -91,7 +91,8 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
         progress=tell,
     )
     rows, checks, parts = _one_precision(setting, size, tell)
-    mixed_rows, mixed_checks = _mixed(small_vit(0, size.epochs, size.shapes[0][1]), size)
+    width, depth = size.shapes[0]
+    mixed_rows, mixed_checks = _mixed(small_vit(0, size.epochs, depth, width), size)
     tell("mixed precision", 1, 1)
     tried = ", ".join(f"{lost:.1f} at {h} x {d}, W{w}A{w}" for (h, d, w), lost in setting.lost.items())
     notes = [

@@ -18,12 +18,14 @@ from layerwright.core.plan import Plan
 from layerwright.core.records import ApplyReport, LayerRecord
 from layerwright.core.treatment import (
     Drop,
+    KVBudget,
     RoundActivations,
     RoundAttention,
     RoundCache,
     Treatments,
     weight_treatments,
 )
+from layerwright.nn.kv import budget_cache_
 from layerwright.nn.rounded_cache import round_cache_
 from layerwright.nn.stored import Stored
 from layerwright.score.inputs import UnitInputs, collect_inputs, forwards, units_of
@@ -117,6 +119,7 @@ def apply_plan(
         add_widths(report, widths)
         finish_unit(copy, rest, simulate=simulate)
     _round_caches_(copy, everything, layers, report, names)
+    _limit_caches_(copy, everything, layers, report, names)
     # Ranges of activations are those that follow rounded keys and values.
     if any(isinstance(t, RoundActivations | RoundAttention) for own in layers.values() for t in own):
         if calibration is None:
@@ -142,3 +145,21 @@ def _round_caches_(
             raise InputError(f"{path}: {t.label()} is for attention modules, this is a {kinds[path]}")
         round_cache_(model, {path: t.bits})
         report.add(LayerRecord(names[path], t.label(), "done", "no calibration data needed"))
+
+
+def _limit_caches_(
+    model: nn.Module,
+    refs: Iterable[LayerRef],
+    layers: Mapping[str, Treatments],
+    report: ApplyReport,
+    names: Mapping[str, str],
+) -> None:
+    """Limit the tokens that the planned attention modules keep, in place."""
+    kinds = {ref.path: ref.kind for ref in refs}
+    found = {path: t for path, own in layers.items() for t in own if isinstance(t, KVBudget)}
+    for path, t in found.items():
+        if kinds[path] != "attention":
+            raise InputError(f"{path}: {t.label()} is for attention modules, this is a {kinds[path]}")
+        report.add(LayerRecord(names[path], t.label(), "done", "no calibration data needed"))
+    if found:
+        budget_cache_(model, found)

@@ -13,17 +13,36 @@ from layerwright.tune.distill import distill, distill_layers
 from layerwright.tune.evolq import EvolQ
 from layerwright.tune.full import full
 from layerwright.tune.lora import lora
+from layerwright.tune.mixture import MixtureHandle, attach_lora_mixture, find_mixture
+from layerwright.tune.mixture_files import load_adapter, save_adapter
 from layerwright.tune.renormalize import renormalize
 
-__all__ = ["TUNERS", "AdaQuant", "EvolQ", "bias_tune", "distill", "distill_layers", "full", "lora", "renormalize"]
+__all__ = [
+    "TUNERS",
+    "AdaQuant",
+    "EvolQ",
+    "MixtureHandle",
+    "attach_lora_mixture",
+    "bias_tune",
+    "distill",
+    "distill_layers",
+    "find_mixture",
+    "full",
+    "load_adapter",
+    "lora",
+    "renormalize",
+    "save_adapter",
+]
 
 TUNERS: Registry[Callable[..., nn.Module]] = Registry("tuner")
 """Tuners by name; targets are imported when first used."""
 
 for _name, _target in {
+    "adamole": "layerwright.tune.adamole:adamole",
     "adaquant": "layerwright.tune.recover:adaquant_tuner",
     "bias_tune": "layerwright.tune.recover:bias_tuner",
     "distill": "layerwright.tune.distill:distill",
+    "dlo": "layerwright.tune.dlo:dlo",
     "evolq": "layerwright.tune.evolq:evolq_tuner",
     "distill_layers": "layerwright.tune.distill:distill_layers",
     "full": "layerwright.tune.full:full",

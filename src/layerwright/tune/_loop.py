@@ -19,6 +19,8 @@ from layerwright.core.processes import process_count
 __all__ = ["Progress", "Schedule", "opening", "restore_flags_", "train_", "trainable_copy"]
 
 M = TypeVar("M", bound=nn.Module)
+Part = tuple[dict[str, Any], Sequence[nn.Parameter]]
+"""A label for groups of an optimizer, such as ``{"block": 3}``, and what is in them."""
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``."""
 
@@ -123,6 +125,8 @@ def train_(
     progress: Progress | None = None,
     name: str = "tuning",
     distributed: bool = True,
+    parts: Sequence[Part] = (),
+    before_step: Callable[[Any, int], None] | None = None,
 ) -> list[float]:
     """Train `parameters` of `model` (default: all that require gradients) to lower ``loss_of(model, item)``.
 
@@ -130,6 +134,9 @@ def train_(
     stepped in float32 and rounded afterwards, so that small steps are not lost. Started by ``accelerate launch`` or
     ``torchrun``, each process takes its share of the items: `n` processes make the steps that one makes with `n` times
     the `batches_per_step`, and all end with the same weights. With `distributed` False every process trains on all.
+
+    The parameters of `parts` make groups of their own in the optimizer, which carry the part's label;
+    ``before_step(optimizer, step)`` is called once the rates of a step are set, and may change them.
 
     Returns:
         The loss of each step.
@@ -143,10 +150,7 @@ def train_(
     if not items:
         raise InputError("no batches to train on")
     masters = [p if p.dtype in (torch.float32, torch.float64) else _master(p) for p in trained]
-    groups = [
-        {"params": [m for m in masters if m.dim() >= 2], "weight_decay": schedule.weight_decay},
-        {"params": [m for m in masters if m.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups = _groups(trained, masters, parts, schedule.weight_decay)
     optimizer: Any = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.95))
     accelerator = _accelerator(trained[0].device) if distributed else None
     running = model
@@ -159,6 +163,8 @@ def train_(
         for step in range(schedule.steps):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate * schedule.factor(step)
+            if before_step:
+                before_step(optimizer, step)
             total = 0.0
             for number in range(schedule.batches_per_step):
                 place = (step * schedule.batches_per_step + number) * world + rank
@@ -172,6 +178,24 @@ def train_(
             if progress:
                 progress(name, step + 1, schedule.steps)
     return losses
+
+
+def _groups(
+    trained: Sequence[nn.Parameter],
+    masters: Sequence[nn.Parameter],
+    parts: Sequence[Part],
+    weight_decay: float,
+) -> list[dict[str, Any]]:
+    """Groups of an optimizer: matrices and vectors of what is in no part, then of each part."""
+    place = {id(parameter): number for number, (_, inside) in enumerate(parts) for parameter in inside}
+    groups: list[dict[str, Any]] = []
+    for number in (None, *range(len(parts))):
+        own = [m for p, m in zip(trained, masters, strict=True) if place.get(id(p)) == number]
+        label = {} if number is None else parts[number][0]
+        for decay, inside in ((weight_decay, [m for m in own if m.dim() >= 2]), (0.0, [m for m in own if m.dim() < 2])):
+            if inside or number is None:
+                groups.append({"params": inside, "weight_decay": decay, **label})
+    return groups
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

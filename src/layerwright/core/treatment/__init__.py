@@ -5,6 +5,7 @@ from __future__ import annotations
 from layerwright.core.treatment._activations import RoundActivations, RoundAttention, RoundCache
 from layerwright.core.treatment._base import TREATMENTS, Treatment, Treatments
 from layerwright.core.treatment._blocks import Drop
+from layerwright.core.treatment._cache import KVBudget
 from layerwright.core.treatment._factors import FactorConv, LowRank
 from layerwright.core.treatment._mix_rows import MixRows
 from layerwright.core.treatment._reading import describe, treatments_from_data, treatments_to_data, weight_treatments
@@ -15,6 +16,7 @@ __all__ = [
     "TREATMENTS",
     "Drop",
     "FactorConv",
+    "KVBudget",
     "LowRank",
     "MixRows",
     "Narrow",

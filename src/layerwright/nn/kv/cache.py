@@ -26,7 +26,7 @@ class StaticCacheError(LayerwrightError, NotImplementedError):
     """Shapes change when tokens are evicted, so that static and compiled caches cannot do it."""
 
 
-class BudgetedLayer(DynamicLayer):
+class BudgetedLayer(DynamicLayer):  # type: ignore[misc] # transformers has no types
     """One layer of a `BudgetedCache`: after each update at most `budget` tokens are held; None holds all.
 
     The tokens that are computed attend to what was held before and to each other; a prompt sees itself fully. Keys and
@@ -36,6 +36,9 @@ class BudgetedLayer(DynamicLayer):
 
     is_croppable = False
     is_compileable = False
+    is_initialized: bool
+    keys: Any
+    values: Any
 
     def __init__(
         self,
@@ -86,7 +89,9 @@ class BudgetedLayer(DynamicLayer):
                 "attn_implementation eager or sdpa"
             )
         if self.evicted and not self._prepared:
-            raise EvictedError("tokens were evicted and masks must follow: run the model inside budgeted_attention(model)")
+            raise EvictedError(
+                "tokens were evicted and masks must follow: run the model inside budgeted_attention(model)"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._prepared = False
@@ -140,16 +145,16 @@ class BudgetedLayer(DynamicLayer):
             return
         assert self.places is not None and self.real is not None
         recent = recent_tokens(self.budget, self.recent_fraction)
-        kept = choose_kept(
-            self.real, self.budget, self.policy, sinks=self.sinks, recent=recent, scores=self.scores
-        )
+        kept = choose_kept(self.real, self.budget, self.policy, sinks=self.sinks, recent=recent, scores=self.scores)
         self.places, self.real = self.places.gather(-1, kept), self.real.gather(-1, kept)
         if self.scores is not None:
             self.scores = self.scores.gather(-1, kept)
         # Gathered, not sliced: a slice would keep the memory of what was evicted.
         wide = kept[..., None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
         self.keys = self.keys.gather(-2, wide)
-        self.values = self.values.gather(-2, kept[..., None].expand(-1, self.values.shape[1], -1, self.values.shape[-1]))
+        self.values = self.values.gather(
+            -2, kept[..., None].expand(-1, self.values.shape[1], -1, self.values.shape[-1])
+        )
         self.evicted = True
 
     def _moved(self, keys: Tensor) -> Tensor:
@@ -207,7 +212,7 @@ class BudgetedLayer(DynamicLayer):
         return sum(x.untyped_storage().nbytes() for x in (self.keys, self.values) if isinstance(x, Tensor))
 
 
-class BudgetedCache(Cache):
+class BudgetedCache(Cache):  # type: ignore[misc]
     """A cache that holds at most so many tokens in each layer, for ``model.generate(..., past_key_values=cache)``.
 
     Use it inside `budgeted_attention`, which gives each layer the mask of the tokens that it holds. A budget that no
@@ -246,9 +251,7 @@ class BudgetedCache(Cache):
         kinds = plain_layers(config)
         each = _each(budgets, kinds)
         _check(each, kinds, sinks)
-        super().__init__(
-            layers=[BudgetedLayer(budget, policy, sinks, recent_fraction, positions) for budget in each]
-        )
+        super().__init__(layers=[BudgetedLayer(budget, policy, sinks, recent_fraction, positions) for budget in each])
         self._sinks = sinks
 
     @classmethod

@@ -93,6 +93,8 @@ def round_activations_(
 
 def norm_channels(module: nn.Module) -> int:
     """Size of the last dimension of what a norm reads, 0 where its channels are another one or `module` is no norm."""
+    if getattr(module, "data_format", "") == "channels_first":  # a LayerNorm over images, as ConvNeXt has it
+        return 0
     if isinstance(module, nn.LayerNorm):
         return int(module.normalized_shape[-1])
     if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm) or "norm" not in type(module).__name__.lower():
@@ -173,7 +175,9 @@ def _fit(model: nn.Module, site: _Site, samples: Mapping[str, Samples], moment: 
     if site.linear is not None:
         t = site.linear
         if site.ref.kind == "norm" and t.share == "channel" and not norm_channels(model.get_submodule(site.path)):
-            raise InputError(f"{site.path}: its channels are not the last dimension of what it reads; use share: tensor")
+            raise InputError(
+                f"{site.path}: its channels are not the last dimension of what it reads; use share: tensor"
+            )
         reads = t.observer in ("output", "hessian") and site.ref.layout in ("linear", "conv1d")
         weight = read_matrix(model, site.ref)[0] if reads else None
         quantizer = fit_quantizer(

@@ -23,6 +23,7 @@ from layerwright.nn.activation import InputQuantizer
 from layerwright.nn.attached import attached
 from layerwright.nn.attention_products import AttentionProducts
 from layerwright.nn.experts import ExpertStack
+from layerwright.nn.kv import CacheBudget
 from layerwright.nn.mixed_rows import MixedRowLinear
 from layerwright.nn.quantized import QuantConv, QuantEmbedding, QuantLinear
 from layerwright.nn.quantized_weight import quantized_activations
@@ -89,7 +90,9 @@ def problems(model: nn.Module) -> list[tuple[str, str]]:
     """``(layer, reason)`` of every treated layer that this format cannot express."""
     found = []
     for path, module in treated_layers(model):
-        if isinstance(module, ExpertStack | SparseWeight | MixedRowLinear | AttentionProducts | KeyValueRounding):
+        if isinstance(
+            module, ExpertStack | SparseWeight | MixedRowLinear | AttentionProducts | CacheBudget | KeyValueRounding
+        ):
             found.append((path, f"{describe(module)}: plain integer weights and rounded inputs of layers are"))
     return found
 

@@ -8,6 +8,7 @@ from layerwright.nn.activation import ActivationQuantizer, InputQuantizer
 from layerwright.nn.attached import Attachment
 from layerwright.nn.attention_products import AttentionProducts
 from layerwright.nn.factorized import FactorizedConv
+from layerwright.nn.kv import CacheBudget
 from layerwright.nn.mixed_rows import MixedRowLinear
 from layerwright.nn.replace import structure_of
 from layerwright.nn.rounded_cache import KeyValueRounding
@@ -32,6 +33,8 @@ def describe(module: nn.Module) -> str:
     if isinstance(module, AttentionProducts):
         kinds = {f"{name} {_grid(q)}" for name, q in module.quantizers.items() if isinstance(q, ActivationQuantizer)}
         return f"RoundAttention: {', '.join(sorted(kinds))}"
+    if isinstance(module, CacheBudget):
+        return f"KVBudget: {module.budget.label()}"
     if isinstance(module, KeyValueRounding):
         return f"keys and values of {module.bits} bits"
     if isinstance(module, MixedRowLinear):

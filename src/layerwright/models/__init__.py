@@ -1,0 +1,29 @@
+"""Networks assembled from layers, whose shape is a list of words.
+
+- `PlainCNN`: convolutions, pools and fully connected layers in a row.
+- `DenseNetBC`: dense blocks with bottlenecks, and compressing transitions.
+- `deepen_dense_`, `widen_dense_`, `widen_transitions_`: growth of a `DenseNetBC` that keeps its function.
+- `from_spec`: the network of a list of words; `save_network`, `load_network`: with its weights.
+- `TinyVLM`: a vision encoder, a projector and a language model that reads images in the place of tokens.
+"""
+
+from __future__ import annotations
+
+from layerwright.models.densenet import DenseNetBC, deepen_dense_, widen_dense_, widen_transitions_
+from layerwright.models.plain_cnn import PlainCNN
+from layerwright.models.saved import from_spec, load_network, save_network
+from layerwright.models.tiny_vlm import TinyVLM, image_projector, merge_image_features
+
+__all__ = [
+    "DenseNetBC",
+    "PlainCNN",
+    "TinyVLM",
+    "deepen_dense_",
+    "from_spec",
+    "image_projector",
+    "load_network",
+    "merge_image_features",
+    "save_network",
+    "widen_dense_",
+    "widen_transitions_",
+]
