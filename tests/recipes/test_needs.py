@@ -42,9 +42,10 @@ SERVES: dict[str, tuple[str, ...]] = {
     "shortened-llama-magnitude": WORDS,
     "shortened-llama-similarity": WORDS,
     "shortened-llama-taylor": WORDS,
+    "squeeze_attention": ("decoder",),
 }
 """Recipe to the kinds of model that it serves."""
-BUDGETS = {"mixed_td": "ms=0.8x", "joint": "size=0.5x", "edge_llm": "size=0.5x"}
+BUDGETS = {"mixed_td": "ms=0.8x", "joint": "size=0.5x", "edge_llm": "size=0.5x", "squeeze_attention": "kv=0.5x"}
 
 
 @cache

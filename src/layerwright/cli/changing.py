@@ -77,7 +77,9 @@ def tune(
     method: Annotated[
         str,
         typer.Option(
-            "--method", "-m", help="lora, adamole, full, distill, distill_layers, window, dlo, adaquant, renormalize, bias_tune."
+            "--method",
+            "-m",
+            help="lora, adamole, full, distill, distill_layers, window, dlo, adaquant, renormalize, bias_tune.",
         ),
     ],
     out: Out,

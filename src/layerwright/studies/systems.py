@@ -116,7 +116,7 @@ SYSTEMS: tuple[System, ...] = (
         year=2024,
         arxiv="2407.11030",
         idea="Put identity blocks between the others, and let each token skip the feed-forward parts that turn it least.",
-        rooms=("nn", "treat", "tune"),
+        rooms=("treat", "tune"),
         objects=(
             "treat.expand.expand_blocks",
             "treat.route.route_tokens",
@@ -244,7 +244,7 @@ SYSTEMS: tuple[System, ...] = (
         year=2023,
         arxiv="2305.08285",
         idea="Drop every second middle block of both stacks first, then train adapters on the feed-forward layers left.",
-        rooms=("allocate", "treat", "tune", "recipes"),
+        rooms=("allocate", "treat", "tune"),
         objects=(
             "allocate.interleaved.interleaved_keep",
             "treat.drop.keep_blocks",

@@ -12,6 +12,8 @@ from layerwright.nn.kv import CacheBudget
 from layerwright.nn.mixed_rows import MixedRowLinear
 from layerwright.nn.replace import structure_of
 from layerwright.nn.rounded_cache import KeyValueRounding
+from layerwright.nn.routed import TokenRouting
+from layerwright.nn.traversed import Traversal
 from layerwright.nn.w4a8 import W4A8Linear
 
 __all__ = ["describe", "treated_layers"]
@@ -35,6 +37,10 @@ def describe(module: nn.Module) -> str:
         return f"RoundAttention: {', '.join(sorted(kinds))}"
     if isinstance(module, CacheBudget):
         return f"KVBudget: {module.budget.label()}"
+    if isinstance(module, TokenRouting):
+        return "TokenRouting: tokens skip its feed-forward part"
+    if isinstance(module, Traversal):
+        return "Traversal: it runs twice on prompts"
     if isinstance(module, KeyValueRounding):
         return f"keys and values of {module.bits} bits"
     if isinstance(module, MixedRowLinear):
