@@ -47,8 +47,9 @@ def draw(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
 @settings(max_examples=20, deadline=None)
 def test_linear_is_the_loop_and_conserves(seed: int, alpha: float) -> None:
     x, weight, relevance = draw(seed, (3, 7), (4, 7), (3, 4))
-    x[:, 0], weight[:, 0] = x[:, 0].abs(), weight[:, 0].abs()  # no denominator vanishes
-    x[:, 1], weight[:, 1] = x[:, 1].abs(), -weight[:, 1].abs()
+    # No denominator is so small that what keeps it from zero shows.
+    x[:, 0], weight[:, 0] = x[:, 0].abs() + 0.5, weight[:, 0].abs() + 0.5
+    x[:, 1], weight[:, 1] = x[:, 1].abs() + 0.5, -weight[:, 1].abs() - 0.5
     found = lrp_linear(x, weight, relevance, alpha=alpha)
     torch.testing.assert_close(found, linear_loop(x, weight, relevance, alpha), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.sum(), relevance.sum(), rtol=1e-6, atol=1e-6)
