@@ -127,10 +127,12 @@ def train_(
     distributed: bool = True,
     parts: Sequence[Part] = (),
     before_step: Callable[[Any, int], None] | None = None,
+    training: bool = False,
 ) -> list[float]:
     """Train `parameters` of `model` (default: all that require gradients) to lower ``loss_of(model, item)``.
 
-    The model runs in evaluation mode: dropout is off, statistics of batch norms stay. Parameters of half precision are
+    The model runs in evaluation mode: dropout is off, statistics of batch norms stay; with `training` it runs in
+    training mode, for networks that are trained from nothing. Parameters of half precision are
     stepped in float32 and rounded afterwards, so that small steps are not lost. Started by ``accelerate launch`` or
     ``torchrun``, each process takes its share of the items: `n` processes make the steps that one makes with `n` times
     the `batches_per_step`, and all end with the same weights. With `distributed` False every process trains on all.
@@ -160,6 +162,7 @@ def train_(
     order = _order(len(items), schedule.steps * schedule.batches_per_step * world, schedule.seed)
     losses: list[float] = []
     with evaluating(running), torch.enable_grad():
+        running.train(training)
         for step in range(schedule.steps):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate * schedule.factor(step)
