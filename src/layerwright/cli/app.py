@@ -8,6 +8,7 @@ from layerwright.cli import changing, deciding, showing
 from layerwright.cli.bench_mq import bench_mq
 from layerwright.cli.growing import grow
 from layerwright.cli.place import place
+from layerwright.cli.scaling import scaling
 
 __all__ = ["app"]
 
@@ -44,3 +45,5 @@ for _command in (
     showing.study,
 ):
     app.command()(_command)
+
+app.add_typer(scaling, name="scaling")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from layerwright.core.errors import InputError
 from layerwright.explain.expert_usage import UsageTable
@@ -93,18 +91,12 @@ def render_expert_usage(usage: UsageTable) -> str:
     if not usage.layers:
         raise InputError("usage: holds no layers; count with expert_usage(model, data) first")
     charts = (usage_chart(usage), active_chart(usage))
-    scripts = html.scripts("charts.js")
     tokens = next(iter(usage.layers.values())).tokens
-    text: str = _template().render(
-        title=f"Experts of the adapter {usage.adapter}",
-        headline=f"{len(usage.layers)} layers, {tokens} tokens, {usage.mean_active:.2f} experts for a token on average.",
-        charts=charts,
-        figures=html.embedded(list(charts), legend=False),
-        css=html.asset("page.css"),
-        scripts=scripts,
-        hashes=html.hashes(scripts),
+    return html.charts_page(
+        f"Experts of the adapter {usage.adapter}",
+        f"{len(usage.layers)} layers, {tokens} tokens, {usage.mean_active:.2f} experts for a token on average.",
+        charts,
     )
-    return text
 
 
 def write_expert_usage(usage: UsageTable, page: str | Path) -> Path:
@@ -115,8 +107,3 @@ def write_expert_usage(usage: UsageTable, page: str | Path) -> Path:
         CheckpointError: it cannot be written.
     """
     return html.write_page(Path(page), render_expert_usage(usage))
-
-
-@functools.cache
-def _template() -> Any:
-    return html.template("experts.html.jinja")

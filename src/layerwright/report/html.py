@@ -23,6 +23,7 @@ def asset(name: str) -> str:
     return resources.files("layerwright.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
+@functools.cache
 def template(name: str) -> Any:
     """A page's template; everything that is put into it is escaped, and nothing may be missing."""
     from jinja2 import Environment, StrictUndefined
@@ -50,6 +51,21 @@ def embedded(charts: Sequence[Chart], *, legend: bool = True) -> str:
     figures = [{"key": c.key, "data": c.traces, "layout": {**default, **c.layout}, "height": c.height} for c in charts]
     text = json.dumps(figures, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def charts_page(title: str, headline: str, charts: Sequence[Chart]) -> str:
+    """A page of charts with their tables: same data, same text; everything in it is escaped, it asks nothing of the network."""
+    found = scripts("charts.js")
+    text: str = template("charts.html.jinja").render(
+        title=title,
+        headline=headline,
+        charts=charts,
+        figures=embedded(charts, legend=False),
+        css=asset("page.css"),
+        scripts=found,
+        hashes=hashes(found),
+    )
+    return text
 
 
 def write_page(page: Path, text: str) -> Path:
