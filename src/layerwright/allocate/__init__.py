@@ -5,6 +5,8 @@
   do not add up. `clusters`: similar layers share a treatment. `uniform`, `one_shot`: baselines.
 - `global_rows`: widths for the output rows of all layers together. `fptq_strategy`: how each input is rounded.
 - `greedy_descent`: step by step down, by measuring.
+- `greedy_blocks`: which blocks to train, one after the other, by measuring. `SubsetEvaluations`: remembered, in several
+  processes.
 - `kv_budgets`: tokens of key-value cache for each layer (in `layerwright.allocate.kv_budgets`).
 - `keep_blocks`: which blocks stay when the lowest-ranked ones go.
 - `pareto`: the trade-off between a resource and the damage. `minimum`: the smallest reachable total.
@@ -21,23 +23,28 @@ from layerwright.allocate.descent import greedy
 from layerwright.allocate.exact import integer
 from layerwright.allocate.frontier import pareto
 from layerwright.allocate.global_rows import global_rows
+from layerwright.allocate.greedy_blocks import BlockChoice, greedy_blocks
 from layerwright.allocate.measured_descent import greedy_descent
 from layerwright.allocate.multipliers import lagrangian
 from layerwright.allocate.population import evolution
 from layerwright.allocate.problem import minimum
 from layerwright.allocate.ranking import keep_blocks, one_shot, uniform
+from layerwright.allocate.subset_evaluations import SubsetEvaluations
 from layerwright.allocate.ties import filter_target, merge_ties
 from layerwright.core.option import Allocation
 from layerwright.core.registry import Registry
 
 __all__ = [
     "ALLOCATORS",
+    "BlockChoice",
+    "SubsetEvaluations",
     "clusters",
     "evolution",
     "filter_target",
     "fptq_strategy",
     "global_rows",
     "greedy",
+    "greedy_blocks",
     "greedy_descent",
     "integer",
     "keep_blocks",

@@ -79,7 +79,7 @@ def tune(
         typer.Option(
             "--method",
             "-m",
-            help="lora, adamole, full, distill, distill_layers, window, dlo, adaquant, renormalize, bias_tune.",
+            help="lora, adamole, full, distill, distill_layers, window, dlo, subtuning, adaquant, renormalize, bias_tune.",
         ),
     ],
     out: Out,
@@ -90,6 +90,10 @@ def tune(
     keep_adapter: Annotated[
         bool, typer.Option("--keep-adapter", help="Save the adapter alone instead of merging it.")
     ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A further setting of the method; may come several times."),
+    ] = None,
     samples: Samples = 128,
     length: Length = 256,
     device: Device = "cpu",
@@ -104,9 +108,12 @@ def tune(
 
     Example: `layerwright tune out/lm --method distill --teacher demo:lm -o out/tuned`
     """
+    from layerwright.cli.settings import read_settings
+    from layerwright.cli.subtuning import show_subtuning
     from layerwright.core.processes import main_process
     from layerwright.recipes.tune import tune_job
 
+    settings = read_settings(set_ or [])
     alone = main_process()
     with progress_to(json or not alone) as progress:
         measured = tune_job(
@@ -125,12 +132,15 @@ def tune(
             seed=seed,
             force=force,
             progress=progress,
+            settings=settings,
         )
     if not alone:
         return
     if json:
         emit({name: m.to_data() for name, m in measured.items()} | {"checkpoint": str(out)})
         return
+    if method == "subtuning":
+        show_subtuning(out)
     show_measurements(measured)
     say(f"written to {out}")
 

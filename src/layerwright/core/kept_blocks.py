@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from layerwright.core.calibration import Calibration, evaluating, logits_of
 
-__all__ = ["KeptBlocks"]
+__all__ = ["KeptBlocks", "Returning"]
 
 
 class KeptBlocks:
@@ -113,7 +113,7 @@ class KeptBlocks:
             for unit in skipped:
                 module = self.model.get_submodule(unit)
                 patched.append((module, module.__dict__.get("forward")))
-                module.forward = _Returning(kept[unit])  # type: ignore[method-assign]
+                module.forward = Returning(kept[unit])  # type: ignore[method-assign]
             yield skipped
         finally:
             for module, forward in patched:
@@ -122,7 +122,7 @@ class KeptBlocks:
                     module.forward = forward  # type: ignore[method-assign]
 
 
-class _Returning:
+class Returning:
     """A forward that returns what it holds."""
 
     def __init__(self, output: Any) -> None:

@@ -15,7 +15,7 @@ from layerwright.data.demo_data import demo_data
 from layerwright.data.loading import DEMOS, Source, load, locate, modality, processor_for
 from layerwright.data.stdlib import stdlib_text
 
-__all__ = ["Bench", "open_bench", "read_data", "split_data"]
+__all__ = ["Bench", "open_bench", "read_data", "refuse_misfits", "split_data"]
 
 
 @dataclass
@@ -81,11 +81,11 @@ def read_data(
         return split_data(as_calibration(data))
     parts = _read_data(source, data, samples, length, heldout_samples)
     for part in parts:
-        _refuse_misfits(source, part)
+        refuse_misfits(source, part)
     return parts
 
 
-def _refuse_misfits(source: Source, data: Calibration) -> None:
+def refuse_misfits(source: Source, data: Calibration) -> None:
     """Raise `InputError` for tokens, images or labels that the model of `source` cannot take."""
     config = source.config
     vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from layerwright.core.errors import CheckError, CheckpointError, InputError, Lay
 from layerwright.core.processes import main_process
 from layerwright.data.loading import Source, load, locate
 from layerwright.nn.treated import TreatedLinear
+from layerwright.recipes._labelled import labelled_data
 from layerwright.recipes.bench import open_bench, read_data
 from layerwright.recipes.measure import Measurement, measure
 from layerwright.treat.writer import check_folder, copy_side_files, save_model, staged_folder
@@ -54,12 +56,14 @@ def tune_job(
         model: a folder, hub name or ``demo:*``.
         method: name of a tuner.
         out: folder for the tuned model; with `keep_adapter`, for the adapter alone.
-        data: calibration data; see `open_bench`.
+        data: calibration data; see `open_bench`. For a tuner that makes a new readout (``subtuning``) its classes may
+            be others than the model's; see `labelled_data`.
         teacher: the original model, where the tuner needs one.
         steps, rank: for the tuners that take them.
         keep_adapter: save the adapter alone (``lora``, ``distill``, ``adamole``) instead of merging it. Over packed weights the
             adapter cannot be merged: the model is then saved with its adapters in place.
-        settings: further settings of the tuner, by name.
+        settings: further settings of the tuner, by name. A tuner that keeps a record of its search (``subtuning``)
+            writes ``<out>.<method>.json`` while it runs, from which the same job goes on; it ends in `out`.
         seconds: of timing for each model and batch size.
 
     Raises:
@@ -67,11 +71,14 @@ def tune_job(
             known.
     """
     tuner, source, other = _check(model, method, out, teacher, keep_adapter, force)
-    bench = open_bench(model, data, samples=samples, length=length, dtype=dtype, device=device)
+    accepted = inspect.signature(tuner).parameters
+    labelled, classes = labelled_data(source, data, length) if "classes" in accepted else (data, None)
+    bench = open_bench(model, labelled, samples=samples, length=length, dtype=dtype, device=device)
     original = load(other.name, dtype=dtype, device=device)[0] if other is not None else None
     packed = any(isinstance(module, TreatedLinear) for module in bench.model.modules())
-    accepted = inspect.signature(tuner).parameters
+    record = Path(out).absolute().with_name(f"{Path(out).name}.{method}.json")
     given: dict[str, Any] = {"steps": steps, "rank": rank, "progress": progress, "merge": not (keep_adapter or packed)}
+    given |= {"classes": classes, "record": record}
     chosen = {key: value for key, value in given.items() if key in accepted} | dict(settings or {})
     for key in chosen:
         if key not in accepted:
@@ -83,14 +90,25 @@ def tune_job(
     with staged_folder(Path(out), force) as folder:
         _save(tuned, folder, keep_adapter and method == "adamole")
         copy_side_files(source.folder, folder, bench.processor)
+        if chosen.get("record") == record and record.exists():
+            shutil.copyfile(record, folder / f"{method}.json")
+    if chosen.get("record") == record:
+        record.unlink(missing_ok=True)
     models: dict[str, nn.Module] = {} if original is None else {"teacher": original}
+    if _labels(before) == _labels(tuned):  # with other classes there is nothing to compare
+        models["before"] = before
     return measure(
-        models | {"before": before, "after": tuned},
+        models | {"after": tuned},
         bench.heldout,
         seconds=seconds,
         byte_tokens=source.name == "demo:lm",
         seed=seed,
     )
+
+
+def _labels(model: nn.Module) -> Any:
+    """Names of the classes, None where the model has none."""
+    return getattr(getattr(model, "config", None), "id2label", None)
 
 
 def _own(model: nn.Module) -> nn.Module:

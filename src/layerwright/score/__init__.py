@@ -16,6 +16,7 @@ from layerwright.score.blocks import (
     similarity,
 )
 from layerwright.score.costs import count_flops, profile_model
+from layerwright.score.finetuning_profile import FinetuningProfile, finetuning_profile
 from layerwright.score.inputs import walk_inputs
 from layerwright.score.options import (
     fisher,
@@ -32,6 +33,7 @@ from layerwright.score.statistics import InputStatistics
 
 __all__ = [
     "SCORERS",
+    "FinetuningProfile",
     "InputStatistics",
     "Scorer",
     "Subject",
@@ -44,6 +46,7 @@ __all__ = [
     "block_removal",
     "block_taylor",
     "count_flops",
+    "finetuning_profile",
     "fisher",
     "hutchinson",
     "loss_swap",

@@ -36,7 +36,9 @@ PROGRESS = ".layerwright-unfinished"
 
 STRUCTURE = "layerwright.json"
 SHARD_BYTES = 2_000_000_000
-_OURS = {"config.json", STRUCTURE, INDEX, "plan.yaml", "report.html", "report.json", "apply.jsonl", "recipe.yaml"}
+_OURS = {
+    "config.json", STRUCTURE, INDEX, "plan.yaml", "report.html", "report.json", "apply.jsonl", "recipe.yaml", "subtuning.json"
+}  # fmt: skip
 _SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",

@@ -11,16 +11,19 @@ from layerwright.tune.adaquant import AdaQuant
 from layerwright.tune.bias_tune import bias_tune
 from layerwright.tune.distill import distill, distill_layers
 from layerwright.tune.evolq import EvolQ
+from layerwright.tune.feature_cache import FeatureCache
 from layerwright.tune.full import full
 from layerwright.tune.lora import lora
 from layerwright.tune.mixture import MixtureHandle, attach_lora_mixture, find_mixture
 from layerwright.tune.mixture_files import load_adapter, save_adapter
 from layerwright.tune.renormalize import renormalize
+from layerwright.tune.subtune import subtune
 
 __all__ = [
     "TUNERS",
     "AdaQuant",
     "EvolQ",
+    "FeatureCache",
     "MixtureHandle",
     "attach_lora_mixture",
     "bias_tune",
@@ -32,6 +35,7 @@ __all__ = [
     "lora",
     "renormalize",
     "save_adapter",
+    "subtune",
 ]
 
 TUNERS: Registry[Callable[..., nn.Module]] = Registry("tuner")
@@ -48,6 +52,7 @@ for _name, _target in {
     "full": "layerwright.tune.full:full",
     "lora": "layerwright.tune.lora:lora",
     "renormalize": "layerwright.tune.recover:renormalize_tuner",
+    "subtuning": "layerwright.tune.subtuning:subtuning",
     "window": "layerwright.tune.window:window",
 }.items():
     TUNERS.add(_name, _target)
