@@ -91,7 +91,8 @@ def test_two_steps_train_what_they_name() -> None:
     with torch.no_grad():
         losses = [float(network(**batches[0]).loss) for network in (model, aligned, both)]
     assert losses[0] > losses[1] > losses[2]
-    assert find_traversal(both) is not None
+    traversal = find_traversal(both)
+    assert traversal is not None and len(traversal.mixers) > 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in both.parameters())
 

@@ -54,7 +54,7 @@ def _class(own: type, mixin: type) -> type:
 
 
 def _reduce(self: nn.Module, _protocol: Any) -> Any:
-    """Deep copies and pickles rebuild the class from its two parts."""
+    """How a deep copy builds the class again from its two parts."""
     _, mixin, own = type(self).__mro__[:3]
     return _rebuild, (own, mixin), self.__getstate__()
 

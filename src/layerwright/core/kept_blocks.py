@@ -129,6 +129,7 @@ class Returning:
         self.output = output
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
+        """What it holds."""
         return self.output
 
 

@@ -118,8 +118,7 @@ def apply_plan(
         rest = treat_unit(copy, refs, layers, UnitInputs(), report, names=names)
         add_widths(report, widths)
         finish_unit(copy, rest, simulate=simulate)
-    _round_caches_(copy, everything, layers, report, names)
-    _limit_caches_(copy, everything, layers, report, names)
+    _treat_caches_(copy, everything, layers, report, names)
     # Ranges of activations are those that follow rounded keys and values.
     if any(isinstance(t, RoundActivations | RoundAttention) for own in layers.values() for t in own):
         if calibration is None:
@@ -130,36 +129,26 @@ def apply_plan(
     return copy, report
 
 
-def _round_caches_(
+def _treat_caches_(
     model: nn.Module,
     refs: Iterable[LayerRef],
     layers: Mapping[str, Treatments],
     report: ApplyReport,
     names: Mapping[str, str],
 ) -> None:
-    """Round what the planned attention modules hand to their caches, in place."""
+    """Round what the planned attention modules hand to their caches, and limit the tokens they keep, in place."""
     kinds = {ref.path: ref.kind for ref in refs}
-    found = {path: t for path, own in layers.items() for t in own if isinstance(t, RoundCache)}
-    for path, t in found.items():
-        if kinds[path] != "attention":
-            raise InputError(f"{path}: {t.label()} is for attention modules, this is a {kinds[path]}")
-        round_cache_(model, {path: t.bits})
-        report.add(LayerRecord(names[path], t.label(), "done", "no calibration data needed"))
-
-
-def _limit_caches_(
-    model: nn.Module,
-    refs: Iterable[LayerRef],
-    layers: Mapping[str, Treatments],
-    report: ApplyReport,
-    names: Mapping[str, str],
-) -> None:
-    """Limit the tokens that the planned attention modules keep, in place."""
-    kinds = {ref.path: ref.kind for ref in refs}
-    found = {path: t for path, own in layers.items() for t in own if isinstance(t, KVBudget)}
-    for path, t in found.items():
-        if kinds[path] != "attention":
-            raise InputError(f"{path}: {t.label()} is for attention modules, this is a {kinds[path]}")
-        report.add(LayerRecord(names[path], t.label(), "done", "no calibration data needed"))
-    if found:
-        budget_cache_(model, found)
+    budgets: dict[str, KVBudget] = {}
+    for path, own in layers.items():
+        for t in own:
+            if not isinstance(t, RoundCache | KVBudget):
+                continue
+            if kinds[path] != "attention":
+                raise InputError(f"{path}: {t.label()} is for attention modules, this is a {kinds[path]}")
+            if isinstance(t, RoundCache):
+                round_cache_(model, {path: t.bits})
+            else:
+                budgets[path] = t
+            report.add(LayerRecord(names[path], t.label(), "done", "no calibration data needed"))
+    if budgets:
+        budget_cache_(model, budgets)
