@@ -11,6 +11,7 @@
 - `keep_blocks`: which blocks stay when the lowest-ranked ones go.
 - `pareto`: the trade-off between a resource and the damage. `minimum`: the smallest reachable total.
 - `merge_ties`, `filter_target`: tables for tied layers and for a program that must load the result.
+- `width_schedule`: heads, neurons and rank on the way to a narrower encoder.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from layerwright.allocate.problem import minimum
 from layerwright.allocate.ranking import keep_blocks, one_shot, uniform
 from layerwright.allocate.subset_evaluations import SubsetEvaluations
 from layerwright.allocate.ties import filter_target, merge_ties
+from layerwright.allocate.width_schedule import Widths, proportional_widths, width_schedule
 from layerwright.core.option import Allocation
 from layerwright.core.registry import Registry
 
@@ -38,6 +40,7 @@ __all__ = [
     "ALLOCATORS",
     "BlockChoice",
     "SubsetEvaluations",
+    "Widths",
     "clusters",
     "evolution",
     "filter_target",
@@ -53,7 +56,9 @@ __all__ = [
     "minimum",
     "one_shot",
     "pareto",
+    "proportional_widths",
     "uniform",
+    "width_schedule",
 ]
 
 ALLOCATORS: Registry[Callable[..., Allocation]] = Registry("allocator")

@@ -11,20 +11,31 @@
 - `LoRAMixture`: low-rank experts beside a linear layer, chosen by token (AdaMoLE).
 - `Stored`: a treated weight as tensors, from which they are made.
 - `replace_`, `structure_of`, `rebuild_`, `module_from_spec`: put them into a model, list them, build them again.
+- `MultiExit`, `ExitHead`: an encoder that classifies after each of its blocks (COST-EFF).
+- `FactorizedEmbedding`: a table of low rank.
+- `slice_linear`: parts of a linear layer as views.
+- `NormScale`, `ResidualBlock`: norms scaled by depth, and where norms stand (LayerNorm Scaling).
 """
 
 from __future__ import annotations
 
 from layerwright.nn.activation import ActivationQuantizer, InputQuantizer
 from layerwright.nn.attention_products import AttentionProducts
+from layerwright.nn.encoder_exits import MultiExit
+from layerwright.nn.exit_head import ExitHead
 from layerwright.nn.experts import LowRankStack, PackedStack, SparseStack, replace_parameter_
 from layerwright.nn.factorized import FactorizedConv
+from layerwright.nn.factorized_embedding import FactorizedEmbedding
 from layerwright.nn.lora_experts import LoRAExperts
 from layerwright.nn.lora_mixture import ExpertUsage, LoRAMixture
 from layerwright.nn.low_rank import LowRankConv, LowRankLinear
 from layerwright.nn.mixed_rows import MixedRowLinear
+from layerwright.nn.norm_scale import NormScale
 from layerwright.nn.quantized import QuantConv, QuantEmbedding, QuantLinear
 from layerwright.nn.replace import module_from_spec, rebuild_, replace_, structure_of
+from layerwright.nn.residual_block import ResidualBlock
+from layerwright.nn.scaled_gradient import scale_gradient
+from layerwright.nn.slices import slice_linear
 from layerwright.nn.sparse import SparseConv, SparseLinear
 from layerwright.nn.stored import Stored
 from layerwright.nn.w4a8 import W4A8Linear
@@ -32,8 +43,10 @@ from layerwright.nn.w4a8 import W4A8Linear
 __all__ = [
     "ActivationQuantizer",
     "AttentionProducts",
+    "ExitHead",
     "ExpertUsage",
     "FactorizedConv",
+    "FactorizedEmbedding",
     "InputQuantizer",
     "LoRAExperts",
     "LoRAMixture",
@@ -41,10 +54,13 @@ __all__ = [
     "LowRankLinear",
     "LowRankStack",
     "MixedRowLinear",
+    "MultiExit",
+    "NormScale",
     "PackedStack",
     "QuantConv",
     "QuantEmbedding",
     "QuantLinear",
+    "ResidualBlock",
     "SparseConv",
     "SparseLinear",
     "SparseStack",
@@ -54,5 +70,7 @@ __all__ = [
     "rebuild_",
     "replace_",
     "replace_parameter_",
+    "scale_gradient",
+    "slice_linear",
     "structure_of",
 ]

@@ -16,6 +16,9 @@ from layerwright.score.blocks import (
     similarity,
 )
 from layerwright.score.costs import count_flops, profile_model
+from layerwright.score.depth_effect import angular_distance, drop_impact, identity_gap, residual_variance
+from layerwright.score.exit_curve import exit_curve, exit_records
+from layerwright.score.exit_taylor import exit_taylor
 from layerwright.score.finetuning_profile import FinetuningProfile, finetuning_profile
 from layerwright.score.inputs import walk_inputs
 from layerwright.score.options import (
@@ -40,19 +43,26 @@ __all__ = [
     "TreatWeights",
     "activation_range",
     "anchored_fisher",
+    "angular_distance",
     "attention_similarity",
     "block_magnitude",
     "block_perplexity",
     "block_removal",
     "block_taylor",
     "count_flops",
+    "drop_impact",
+    "exit_curve",
+    "exit_records",
+    "exit_taylor",
     "finetuning_profile",
     "fisher",
     "hutchinson",
+    "identity_gap",
     "loss_swap",
     "output_error",
     "output_row_loss",
     "profile_model",
+    "residual_variance",
     "second_order",
     "similarity",
     "snr",

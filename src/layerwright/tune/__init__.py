@@ -16,6 +16,7 @@ from layerwright.tune.full import full
 from layerwright.tune.lora import lora
 from layerwright.tune.mixture import MixtureHandle, attach_lora_mixture, find_mixture
 from layerwright.tune.mixture_files import load_adapter, save_adapter
+from layerwright.tune.multi_exit import MultiExitDistillation
 from layerwright.tune.renormalize import renormalize
 from layerwright.tune.subtune import subtune
 
@@ -25,6 +26,7 @@ __all__ = [
     "EvolQ",
     "FeatureCache",
     "MixtureHandle",
+    "MultiExitDistillation",
     "attach_lora_mixture",
     "bias_tune",
     "distill",
@@ -43,6 +45,7 @@ TUNERS: Registry[Callable[..., nn.Module]] = Registry("tuner")
 
 for _name, _target in {
     "adamole": "layerwright.tune.adamole:adamole",
+    "cost_eff": "layerwright.tune.cost_eff:cost_eff",
     "adaquant": "layerwright.tune.recover:adaquant_tuner",
     "bias_tune": "layerwright.tune.recover:bias_tuner",
     "distill": "layerwright.tune.distill:distill",
