@@ -12,6 +12,7 @@
 - `pareto`: the trade-off between a resource and the damage. `minimum`: the smallest reachable total.
 - `merge_ties`, `filter_target`: tables for tied layers and for a program that must load the result.
 - `width_schedule`: heads, neurons and rank on the way to a narrower encoder.
+- `search_subnets`: sub-networks of a supernet for each size, by evolution.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from layerwright.allocate.multipliers import lagrangian
 from layerwright.allocate.population import evolution
 from layerwright.allocate.problem import minimum
 from layerwright.allocate.ranking import keep_blocks, one_shot, uniform
+from layerwright.allocate.subnet_search import FoundSubnet, search_subnets
 from layerwright.allocate.subset_evaluations import SubsetEvaluations
 from layerwright.allocate.ties import filter_target, merge_ties
 from layerwright.allocate.width_schedule import Widths, proportional_widths, width_schedule
@@ -39,6 +41,7 @@ from layerwright.core.registry import Registry
 __all__ = [
     "ALLOCATORS",
     "BlockChoice",
+    "FoundSubnet",
     "SubsetEvaluations",
     "Widths",
     "clusters",
@@ -57,6 +60,7 @@ __all__ = [
     "one_shot",
     "pareto",
     "proportional_widths",
+    "search_subnets",
     "uniform",
     "width_schedule",
 ]

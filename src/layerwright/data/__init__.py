@@ -4,6 +4,7 @@ from layerwright.data.demo_data import demo_data, digits
 from layerwright.data.folds import stratified_folds
 from layerwright.data.image_folder import image_folder
 from layerwright.data.loading import DEMOS, Source, load, locate
+from layerwright.data.speech import generated_speech, small_speech
 from layerwright.data.stdlib import stdlib_text
 
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
     "Source",
     "demo_data",
     "digits",
+    "generated_speech",
     "image_folder",
     "load",
     "locate",
+    "small_speech",
     "stdlib_text",
     "stratified_folds",
 ]

@@ -5,16 +5,19 @@
 - `deepen_dense_`, `widen_dense_`, `widen_transitions_`: growth of a `DenseNetBC` that keeps its function.
 - `from_spec`: the network of a list of words; `save_network`, `load_network`: with its weights.
 - `TinyVLM`: a vision encoder, a projector and a language model that reads images in the place of tokens.
+- `RNNT`: a speech transducer with an elastic encoder.
 """
 
 from __future__ import annotations
 
 from layerwright.models.densenet import DenseNetBC, deepen_dense_, widen_dense_, widen_transitions_
 from layerwright.models.plain_cnn import PlainCNN
+from layerwright.models.rnnt import RNNT
 from layerwright.models.saved import from_spec, load_network, save_network
 from layerwright.models.tiny_vlm import TinyVLM, image_projector, merge_image_features
 
 __all__ = [
+    "RNNT",
     "DenseNetBC",
     "PlainCNN",
     "TinyVLM",

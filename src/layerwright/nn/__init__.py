@@ -15,12 +15,14 @@
 - `FactorizedEmbedding`: a table of low rank.
 - `slice_linear`: parts of a linear layer as views.
 - `NormScale`, `ResidualBlock`: norms scaled by depth, and where norms stand (LayerNorm Scaling).
+- `ElasticLinear`, `ElasticFFN`, `ElasticStack`: layers that can run narrower or shorter; `MultiHeadSSM`: state spaces; `transducer_loss` (TODM).
 """
 
 from __future__ import annotations
 
 from layerwright.nn.activation import ActivationQuantizer, InputQuantizer
 from layerwright.nn.attention_products import AttentionProducts
+from layerwright.nn.elastic import ElasticFFN, ElasticLinear, ElasticStack
 from layerwright.nn.encoder_exits import MultiExit
 from layerwright.nn.exit_head import ExitHead
 from layerwright.nn.experts import LowRankStack, PackedStack, SparseStack, replace_parameter_
@@ -37,12 +39,20 @@ from layerwright.nn.residual_block import ResidualBlock
 from layerwright.nn.scaled_gradient import scale_gradient
 from layerwright.nn.slices import slice_linear
 from layerwright.nn.sparse import SparseConv, SparseLinear
+from layerwright.nn.state_space import DiagonalSSM, MultiHeadSSM
 from layerwright.nn.stored import Stored
+from layerwright.nn.subnet import SubnetConfig, SubnetSpace
+from layerwright.nn.transducer import TransducerJoiner
+from layerwright.nn.transducer_loss import transducer_loss
 from layerwright.nn.w4a8 import W4A8Linear
 
 __all__ = [
     "ActivationQuantizer",
     "AttentionProducts",
+    "DiagonalSSM",
+    "ElasticFFN",
+    "ElasticLinear",
+    "ElasticStack",
     "ExitHead",
     "ExpertUsage",
     "FactorizedConv",
@@ -55,6 +65,7 @@ __all__ = [
     "LowRankStack",
     "MixedRowLinear",
     "MultiExit",
+    "MultiHeadSSM",
     "NormScale",
     "PackedStack",
     "QuantConv",
@@ -65,6 +76,9 @@ __all__ = [
     "SparseLinear",
     "SparseStack",
     "Stored",
+    "SubnetConfig",
+    "SubnetSpace",
+    "TransducerJoiner",
     "W4A8Linear",
     "module_from_spec",
     "rebuild_",
@@ -73,4 +87,5 @@ __all__ = [
     "scale_gradient",
     "slice_linear",
     "structure_of",
+    "transducer_loss",
 ]

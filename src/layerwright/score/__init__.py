@@ -33,6 +33,7 @@ from layerwright.score.options import (
 )
 from layerwright.score.output_rows import output_row_loss
 from layerwright.score.statistics import InputStatistics
+from layerwright.score.token_errors import token_error_rate
 
 __all__ = [
     "SCORERS",
@@ -67,6 +68,7 @@ __all__ = [
     "similarity",
     "snr",
     "taylor",
+    "token_error_rate",
     "walk_inputs",
     "weight_error",
 ]

@@ -8,6 +8,7 @@ from torch import nn
 
 from layerwright.core.registry import Registry
 from layerwright.tune.adaquant import AdaQuant
+from layerwright.tune.alpha_divergence import alpha_divergence
 from layerwright.tune.bias_tune import bias_tune
 from layerwright.tune.distill import distill, distill_layers
 from layerwright.tune.evolq import EvolQ
@@ -19,6 +20,7 @@ from layerwright.tune.mixture_files import load_adapter, save_adapter
 from layerwright.tune.multi_exit import MultiExitDistillation
 from layerwright.tune.renormalize import renormalize
 from layerwright.tune.subtune import subtune
+from layerwright.tune.supernet import Supernet, sandwich_step
 
 __all__ = [
     "TUNERS",
@@ -27,6 +29,8 @@ __all__ = [
     "FeatureCache",
     "MixtureHandle",
     "MultiExitDistillation",
+    "Supernet",
+    "alpha_divergence",
     "attach_lora_mixture",
     "bias_tune",
     "distill",
@@ -36,6 +40,7 @@ __all__ = [
     "load_adapter",
     "lora",
     "renormalize",
+    "sandwich_step",
     "save_adapter",
     "subtune",
 ]
