@@ -6,6 +6,7 @@ import typer
 
 from layerwright.cli import changing, deciding, showing
 from layerwright.cli.bench_mq import bench_mq
+from layerwright.cli.depth import depth
 from layerwright.cli.growing import grow
 from layerwright.cli.place import place
 from layerwright.cli.scaling import scaling
@@ -30,6 +31,7 @@ def _root() -> None:
 for _command in (
     deciding.check,
     deciding.inspect,
+    depth,
     deciding.plan,
     place,
     bench_mq,
