@@ -16,11 +16,13 @@
 - `slice_linear`: parts of a linear layer as views.
 - `NormScale`, `ResidualBlock`: norms scaled by depth, and where norms stand (LayerNorm Scaling).
 - `ElasticLinear`, `ElasticFFN`, `ElasticStack`: layers that can run narrower or shorter; `MultiHeadSSM`: state spaces; `transducer_loss` (TODM).
+- `AdaptiveComputationModule`: learners that a gate adds up, token by token (ACM).
 """
 
 from __future__ import annotations
 
 from layerwright.nn.activation import ActivationQuantizer, InputQuantizer
+from layerwright.nn.adaptive import AdaptiveComputationModule
 from layerwright.nn.attention_products import AttentionProducts
 from layerwright.nn.elastic import ElasticFFN, ElasticLinear, ElasticStack
 from layerwright.nn.encoder_exits import MultiExit
@@ -48,6 +50,7 @@ from layerwright.nn.w4a8 import W4A8Linear
 
 __all__ = [
     "ActivationQuantizer",
+    "AdaptiveComputationModule",
     "AttentionProducts",
     "DiagonalSSM",
     "ElasticFFN",

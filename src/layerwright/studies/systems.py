@@ -76,6 +76,24 @@ class System:
 
 SYSTEMS: tuple[System, ...] = (
     System(
+        slug="acm",
+        title="Adaptive Computation Modules: Granular Conditional Computation For Efficient Inference",
+        authors="Wójcik et al.",
+        year=2023,
+        arxiv="2312.10193",
+        idea="Let each token choose how many small learners of a layer it runs, under a budget for the average.",
+        rooms=("nn", "treat", "tune"),
+        objects=(
+            "nn.adaptive.AdaptiveComputationModule",
+            "treat.acmize.acmize",
+            "treat.acmize.find_acm",
+            "tune.acm.acm",
+            "tune.acm.distill_modules",
+            "tune.acm.pretrain_gates",
+            "tune.acm.ACMObjective",
+        ),
+    ),
+    System(
         slug="adamole",
         title="AdaMoLE: Fine-Tuning Large Language Models with Adaptive Mixture of Low-Rank Adaptation Experts",
         authors="Liu, Luo",

@@ -51,6 +51,7 @@ TUNERS: Registry[Callable[..., nn.Module]] = Registry("tuner")
 for _name, _target in {
     "adamole": "layerwright.tune.adamole:adamole",
     "cost_eff": "layerwright.tune.cost_eff:cost_eff",
+    "acm": "layerwright.tune.acm:acm",
     "adaquant": "layerwright.tune.recover:adaquant_tuner",
     "bias_tune": "layerwright.tune.recover:bias_tuner",
     "distill": "layerwright.tune.distill:distill",
