@@ -98,7 +98,10 @@ def test_commands_exist(page: Path) -> None:
         assert words[0] in {*COMMANDS, "COMMAND"}, f"{page.name}: no command {words[0]!r} in {line!r}"
         if words[0] == "COMMAND":
             continue
-        known = {flag for parameter in COMMANDS[words[0]].params for flag in parameter.opts} | {"--help"}
+        command = COMMANDS[words[0]]
+        if hasattr(command, "commands"):  # a group: the second word names the command
+            command = command.commands[words[1]]
+        known = {flag for parameter in command.params for flag in parameter.opts} | {"--help"}
         for place, word in enumerate(words):
             if word.startswith("-"):
                 assert word in known, f"{page.name}: {words[0]} has no option {word!r}"

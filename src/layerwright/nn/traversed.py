@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
+import torch
 from torch import Tensor, nn
 
 from layerwright.core.capture import first_tensor
@@ -86,6 +87,9 @@ class Traversal(Attachment):
     def run(self, owner: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of the block `owner`; `forward` is its own."""
         self.last = None
+        states = args[0] if args else kwargs.get("hidden_states")
+        if self.prompt_only and isinstance(states, Tensor) and states.dim() == 3 and states.shape[1] == 1:
+            return forward(*args, **kwargs)  # a generated token: nothing else is looked at
         given, _ = named_arguments(forward, args, kwargs, _MASK)
         first = next(name for name, value in given.items() if isinstance(value, Tensor))
         tokens = given[first].shape[1]
@@ -110,7 +114,7 @@ class Traversal(Attachment):
             gate = gate * self._mask(gate)
         self.last = gate
         share = gate.to(once.dtype)[..., None]
-        mixed = (1 - share) * once + share * twice
+        mixed = torch.lerp(once, twice, share)
         return type(output)((mixed, *output[1:])) if isinstance(output, (tuple, list)) else mixed
 
     def _twice(self, owner: nn.Module, given: Mapping[str, Any], tokens: int) -> bool:
