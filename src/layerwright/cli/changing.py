@@ -79,7 +79,7 @@ def tune(
         typer.Option(
             "--method",
             "-m",
-            help="lora, adamole, full, distill, distill_layers, window, dlo, acm, cost_eff, subtuning, adaquant, renormalize, bias_tune.",
+            help="lora, adamole, full, distill, distill_layers, window, dlo, acm, peer, cost_eff, subtuning, adaquant, renormalize, bias_tune.",
         ),
     ],
     out: Out,

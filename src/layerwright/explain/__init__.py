@@ -5,11 +5,13 @@
 - `lrp_contribution`: the share of every layer.
 - `expert_usage`: which experts of a mixture of adapters serve which layers; `UsageTable`: what it returns.
 - `scale_landscape`: the loss over a plane of weight scales, or of weights, of one block; `roughness` of such a grid.
+- `retrieved_experts`: how evenly retrieved experts are used; `RetrievedExperts`: what it returns.
 """
 
 from __future__ import annotations
 
 from layerwright.explain.expert_usage import UsageTable, expert_usage
+from layerwright.explain.retrieved_experts import RetrievedExperts, retrieved_experts
 from layerwright.explain.scale_landscape import Landscape, roughness, scale_landscape
 from layerwright.score.relevance import (
     Relevance,
@@ -27,6 +29,7 @@ from layerwright.score.relevance import (
 __all__ = [
     "Landscape",
     "Relevance",
+    "RetrievedExperts",
     "UsageTable",
     "expert_usage",
     "lrp",
@@ -38,6 +41,7 @@ __all__ = [
     "lrp_multiply",
     "lrp_pixels",
     "lrp_proportional",
+    "retrieved_experts",
     "roughness",
     "scale_landscape",
 ]

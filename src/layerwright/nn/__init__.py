@@ -17,6 +17,7 @@
 - `NormScale`, `ResidualBlock`: norms scaled by depth, and where norms stand (LayerNorm Scaling).
 - `ElasticLinear`, `ElasticFFN`, `ElasticStack`: layers that can run narrower or shorter; `MultiHeadSSM`: state spaces; `transducer_loss` (TODM).
 - `AdaptiveComputationModule`: learners that a gate adds up, token by token (ACM).
+- `PEER`, `ProductKeyRouter`: up to a million one-neuron experts, retrieved exactly by product keys.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from layerwright.nn.lora_mixture import ExpertUsage, LoRAMixture
 from layerwright.nn.low_rank import LowRankConv, LowRankLinear
 from layerwright.nn.mixed_rows import MixedRowLinear
 from layerwright.nn.norm_scale import NormScale
+from layerwright.nn.peer import PEER
+from layerwright.nn.product_keys import ProductKeyRouter
 from layerwright.nn.quantized import QuantConv, QuantEmbedding, QuantLinear
 from layerwright.nn.replace import module_from_spec, rebuild_, replace_, structure_of
 from layerwright.nn.residual_block import ResidualBlock
@@ -49,6 +52,7 @@ from layerwright.nn.transducer_loss import transducer_loss
 from layerwright.nn.w4a8 import W4A8Linear
 
 __all__ = [
+    "PEER",
     "ActivationQuantizer",
     "AdaptiveComputationModule",
     "AttentionProducts",
@@ -71,6 +75,7 @@ __all__ = [
     "MultiHeadSSM",
     "NormScale",
     "PackedStack",
+    "ProductKeyRouter",
     "QuantConv",
     "QuantEmbedding",
     "QuantLinear",

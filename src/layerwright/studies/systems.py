@@ -381,6 +381,22 @@ SYSTEMS: tuple[System, ...] = (
         recipes=("mptq_vit",),
     ),
     System(
+        slug="peer",
+        title="Mixture of A Million Experts",
+        authors="Xu Owen He",
+        year=2024,
+        arxiv="2407.04153",
+        idea="Make a feed-forward part of up to a million one-neuron experts, of which each token retrieves a few by product keys.",
+        rooms=("nn", "treat", "tune", "explain"),
+        objects=(
+            "nn.peer.PEER",
+            "nn.product_keys.ProductKeyRouter",
+            "treat.swap_peer.swap_peer",
+            "tune.peer.peer",
+            "explain.retrieved_experts.retrieved_experts",
+        ),
+    ),
+    System(
         slug="scaling-laws",
         title="Scaling Laws for Neural Language Models",
         authors="Kaplan, McCandlish et al.",

@@ -52,6 +52,7 @@ for _name, _target in {
     "adamole": "layerwright.tune.adamole:adamole",
     "cost_eff": "layerwright.tune.cost_eff:cost_eff",
     "acm": "layerwright.tune.acm:acm",
+    "peer": "layerwright.tune.peer:peer",
     "adaquant": "layerwright.tune.recover:adaquant_tuner",
     "bias_tune": "layerwright.tune.recover:bias_tuner",
     "distill": "layerwright.tune.distill:distill",
