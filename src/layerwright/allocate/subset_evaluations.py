@@ -155,7 +155,9 @@ class SubsetEvaluations:
         import multiprocessing
 
         if self._pool is None:
-            try:  # as bytes: tensors would be shared through files that this process has to keep open
+            # As bytes, since tensors would be shared through files that this process has to keep open. They go to children
+            # that this process starts, and to nothing else.
+            try:
                 sent = pickle.dumps(self.evaluate)
             except (pickle.PicklingError, AttributeError, TypeError) as error:
                 raise InputError(
