@@ -13,6 +13,7 @@
 - `merge_ties`, `filter_target`: tables for tied layers and for a program that must load the result.
 - `width_schedule`: heads, neurons and rank on the way to a narrower encoder.
 - `search_subnets`: sub-networks of a supernet for each size, by evolution.
+- `depth_width_plan`: over how many layers a number of heads is shared out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from layerwright.allocate.activation_strategy import fptq_strategy
+from layerwright.allocate.aspect import AspectCost, depth_width_plan
 from layerwright.allocate.clustering import clusters
 from layerwright.allocate.descent import greedy
 from layerwright.allocate.exact import integer
@@ -40,11 +42,13 @@ from layerwright.core.registry import Registry
 
 __all__ = [
     "ALLOCATORS",
+    "AspectCost",
     "BlockChoice",
     "FoundSubnet",
     "SubsetEvaluations",
     "Widths",
     "clusters",
+    "depth_width_plan",
     "evolution",
     "filter_target",
     "fptq_strategy",

@@ -6,10 +6,13 @@
 - `from_spec`: the network of a list of words; `save_network`, `load_network`: with its weights.
 - `TinyVLM`: a vision encoder, a projector and a language model that reads images in the place of tokens.
 - `RNNT`: a speech transducer with an elastic encoder.
+- `AspectEncoder`, `llama_family`: encoders of one number of heads, deep or wide; `aspect_report`, `aspect_flops`: what they cost.
 """
 
 from __future__ import annotations
 
+from layerwright.models.aspect_encoder import AspectEncoder, llama_family
+from layerwright.models.aspect_report import aspect_flops, aspect_report
 from layerwright.models.densenet import DenseNetBC, deepen_dense_, widen_dense_, widen_transitions_
 from layerwright.models.plain_cnn import PlainCNN
 from layerwright.models.rnnt import RNNT
@@ -18,12 +21,16 @@ from layerwright.models.tiny_vlm import TinyVLM, image_projector, merge_image_fe
 
 __all__ = [
     "RNNT",
+    "AspectEncoder",
     "DenseNetBC",
     "PlainCNN",
     "TinyVLM",
+    "aspect_flops",
+    "aspect_report",
     "deepen_dense_",
     "from_spec",
     "image_projector",
+    "llama_family",
     "load_network",
     "merge_image_features",
     "save_network",

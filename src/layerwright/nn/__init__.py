@@ -18,6 +18,7 @@
 - `ElasticLinear`, `ElasticFFN`, `ElasticStack`: layers that can run narrower or shorter; `MultiHeadSSM`: state spaces; `transducer_loss` (TODM).
 - `AdaptiveComputationModule`: learners that a gate adds up, token by token (ACM).
 - `PEER`, `ProductKeyRouter`: up to a million one-neuron experts, retrieved exactly by product keys.
+- `WideAttention`: heads of a width of their own, however many; six kinds of attention.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from layerwright.nn.subnet import SubnetConfig, SubnetSpace
 from layerwright.nn.transducer import TransducerJoiner
 from layerwright.nn.transducer_loss import transducer_loss
 from layerwright.nn.w4a8 import W4A8Linear
+from layerwright.nn.wide_attention import WideAttention
 
 __all__ = [
     "PEER",
@@ -88,6 +90,7 @@ __all__ = [
     "SubnetSpace",
     "TransducerJoiner",
     "W4A8Linear",
+    "WideAttention",
     "module_from_spec",
     "rebuild_",
     "replace_",

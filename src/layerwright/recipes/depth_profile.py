@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,18 +73,17 @@ def profile_depth(
     data: Calibration = bench.calibration.head(samples)
     variance = residual_variance(bench.model, data)
     angle = angular_distance(bench.model, data, 1, tokens="all") if len(variance) > 1 else dict.fromkeys(variance, 0.0)
-    missed = _or_none(lambda: drop_impact(bench.model, data)) if drops else None
-    gap = _or_none(lambda: identity_gap(bench.model, data, probes, seed=seed)) if probes else None
+    missed = _where_it_can_be(lambda: drop_impact(bench.model, data)) if drops else {}
+    gap = _where_it_can_be(lambda: identity_gap(bench.model, data, probes, seed=seed)) if probes else {}
     blocks = tuple(
-        BlockEffect(name, variance[name], angle[name], missed and missed[name], gap and gap[name]) for name in variance
+        BlockEffect(name, variance[name], angle[name], missed.get(name), gap.get(name)) for name in variance
     )
     return DepthProfile(bench.name, blocks, data.unit)
 
 
-def _or_none(measure: Any) -> dict[str, float] | None:
-    """What is measured, None where the blocks do not allow it (they change the shape, or are called by keyword)."""
+def _where_it_can_be(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What is measured, nothing where the blocks do not allow it (they change the shape, or are called by keyword)."""
     try:
-        found: dict[str, float] = measure()
+        return measure()
     except (InputError, RuntimeError, NotImplementedError):
-        return None
-    return found
+        return {}
