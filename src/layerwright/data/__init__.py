@@ -1,5 +1,6 @@
 """Data: the demo models and their data, the standard library's text, and loading of models by name."""
 
+from layerwright.data.byte_codec import ByteCodec
 from layerwright.data.demo_data import demo_data, digits
 from layerwright.data.folds import stratified_folds
 from layerwright.data.image_folder import image_folder
@@ -9,6 +10,7 @@ from layerwright.data.stdlib import stdlib_text
 
 __all__ = [
     "DEMOS",
+    "ByteCodec",
     "Source",
     "demo_data",
     "digits",

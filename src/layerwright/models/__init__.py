@@ -7,12 +7,14 @@
 - `TinyVLM`: a vision encoder, a projector and a language model that reads images in the place of tokens.
 - `RNNT`: a speech transducer with an elastic encoder.
 - `AspectEncoder`, `llama_family`: encoders of one number of heads, deep or wide; `aspect_report`, `aspect_flops`: what they cost.
+- `ByteSeq2Seq`: an encoder-decoder over bytes, with embeddings or without; greedy and beam search.
 """
 
 from __future__ import annotations
 
 from layerwright.models.aspect_encoder import AspectEncoder, llama_family
 from layerwright.models.aspect_report import aspect_flops, aspect_report
+from layerwright.models.byte_seq2seq import ByteSeq2Seq
 from layerwright.models.densenet import DenseNetBC, deepen_dense_, widen_dense_, widen_transitions_
 from layerwright.models.plain_cnn import PlainCNN
 from layerwright.models.rnnt import RNNT
@@ -22,6 +24,7 @@ from layerwright.models.tiny_vlm import TinyVLM, image_projector, merge_image_fe
 __all__ = [
     "RNNT",
     "AspectEncoder",
+    "ByteSeq2Seq",
     "DenseNetBC",
     "PlainCNN",
     "TinyVLM",

@@ -19,6 +19,8 @@
 - `AdaptiveComputationModule`: learners that a gate adds up, token by token (ACM).
 - `PEER`, `ProductKeyRouter`: up to a million one-neuron experts, retrieved exactly by product keys.
 - `WideAttention`: heads of a width of their own, however many; six kinds of attention.
+- `NGramHashEmbedding`, `ngram_signatures`: token vectors computed from spelling, no table; `vocabulary_of` a tokenizer.
+- `OneHotEmbedding`, `OneHotHead`, `TokenDropout`: bytes without embedding matrices; dropout of whole tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ from layerwright.nn.lora_experts import LoRAExperts
 from layerwright.nn.lora_mixture import ExpertUsage, LoRAMixture
 from layerwright.nn.low_rank import LowRankConv, LowRankLinear
 from layerwright.nn.mixed_rows import MixedRowLinear
+from layerwright.nn.ngram_embedding import NGramHashEmbedding, ngram_signatures, vocabulary_of
 from layerwright.nn.norm_scale import NormScale
+from layerwright.nn.one_hot import OneHotEmbedding, OneHotHead, TokenDropout
 from layerwright.nn.peer import PEER
 from layerwright.nn.product_keys import ProductKeyRouter
 from layerwright.nn.quantized import QuantConv, QuantEmbedding, QuantLinear
@@ -75,7 +79,10 @@ __all__ = [
     "MixedRowLinear",
     "MultiExit",
     "MultiHeadSSM",
+    "NGramHashEmbedding",
     "NormScale",
+    "OneHotEmbedding",
+    "OneHotHead",
     "PackedStack",
     "ProductKeyRouter",
     "QuantConv",
@@ -88,10 +95,12 @@ __all__ = [
     "Stored",
     "SubnetConfig",
     "SubnetSpace",
+    "TokenDropout",
     "TransducerJoiner",
     "W4A8Linear",
     "WideAttention",
     "module_from_spec",
+    "ngram_signatures",
     "rebuild_",
     "replace_",
     "replace_parameter_",
@@ -99,4 +108,5 @@ __all__ = [
     "slice_linear",
     "structure_of",
     "transducer_loss",
+    "vocabulary_of",
 ]

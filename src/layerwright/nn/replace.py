@@ -59,6 +59,8 @@ MODULES.add("factorized_embedding", "layerwright.nn.factorized_embedding:Factori
 MODULES.add("pruned_heads", "layerwright.nn.pruned_heads:PrunedHeads")
 MODULES.add("ngram_hash_embedding", "layerwright.nn.ngram_embedding:NGramHashEmbedding")
 MODULES.add("wide_attention", "layerwright.nn.wide_attention:WideAttention")
+MODULES.add("one_hot_embedding", "layerwright.nn.one_hot:OneHotEmbedding")
+MODULES.add("one_hot_head", "layerwright.nn.one_hot:OneHotHead")
 MODULES.add("norm_scale", "layerwright.nn.norm_scale:NormScale")
 MODULES.add("persistent_attention", "layerwright.nn.persistent_attention:PersistentAttention")
 MODULES.add("peer", "layerwright.nn.peer:PEER")
