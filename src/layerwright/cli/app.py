@@ -10,6 +10,7 @@ from layerwright.cli.depth import depth
 from layerwright.cli.growing import grow
 from layerwright.cli.place import place
 from layerwright.cli.scaling import scaling
+from layerwright.cli.serve import serve
 
 __all__ = ["app"]
 
@@ -40,6 +41,7 @@ for _command in (
     showing.measure,
     changing.export,
     changing.optimize,
+    serve,
     grow,
     showing.report,
     showing.recipes,
