@@ -6,11 +6,13 @@
 - `expert_usage`: which experts of a mixture of adapters serve which layers; `UsageTable`: what it returns.
 - `scale_landscape`: the loss over a plane of weight scales, or of weights, of one block; `roughness` of such a grid.
 - `retrieved_experts`: how evenly retrieved experts are used; `RetrievedExperts`: what it returns.
+- `positive_attention_mass`: how much of the attention to a memory is on the own document.
 """
 
 from __future__ import annotations
 
 from layerwright.explain.expert_usage import UsageTable, expert_usage
+from layerwright.explain.positive_mass import positive_attention_mass
 from layerwright.explain.retrieved_experts import RetrievedExperts, retrieved_experts
 from layerwright.explain.scale_landscape import Landscape, roughness, scale_landscape
 from layerwright.score.relevance import (
@@ -41,6 +43,7 @@ __all__ = [
     "lrp_multiply",
     "lrp_pixels",
     "lrp_proportional",
+    "positive_attention_mass",
     "retrieved_experts",
     "roughness",
     "scale_landscape",

@@ -8,10 +8,12 @@
 - `RNNT`: a speech transducer with an elastic encoder.
 - `AspectEncoder`, `llama_family`: encoders of one number of heads, deep or wide; `aspect_report`, `aspect_flops`: what they cost.
 - `ByteSeq2Seq`: an encoder-decoder over bytes, with embeddings or without; greedy and beam search.
+- `AllAttentionLM`: a language model of all-attention layers alone.
 """
 
 from __future__ import annotations
 
+from layerwright.models.all_attention_lm import AllAttentionLM
 from layerwright.models.aspect_encoder import AspectEncoder, llama_family
 from layerwright.models.aspect_report import aspect_flops, aspect_report
 from layerwright.models.byte_seq2seq import ByteSeq2Seq
@@ -23,6 +25,7 @@ from layerwright.models.tiny_vlm import TinyVLM, image_projector, merge_image_fe
 
 __all__ = [
     "RNNT",
+    "AllAttentionLM",
     "AspectEncoder",
     "ByteSeq2Seq",
     "DenseNetBC",

@@ -21,22 +21,29 @@
 - `WideAttention`: heads of a width of their own, however many; six kinds of attention.
 - `NGramHashEmbedding`, `ngram_signatures`: token vectors computed from spelling, no table; `vocabulary_of` a tokenizer.
 - `OneHotEmbedding`, `OneHotHead`, `TokenDropout`: bytes without embedding matrices; dropout of whole tokens.
+- `AllAttention`, `PersistentMemory`, `AdaptiveSpan`: learned keys and values beside the context, under one softmax.
+- `MemoryAttention`, `KVMemory`, `cross_batch_attention`: attention to a store of earlier keys and values (Focused Transformer).
 """
 
 from __future__ import annotations
 
 from layerwright.nn.activation import ActivationQuantizer, InputQuantizer
 from layerwright.nn.adaptive import AdaptiveComputationModule
+from layerwright.nn.adaptive_span import AdaptiveSpan
+from layerwright.nn.all_attention import AllAttention, PersistentMemory
 from layerwright.nn.attention_products import AttentionProducts
+from layerwright.nn.cross_batch import cross_batch_attention
 from layerwright.nn.elastic import ElasticFFN, ElasticLinear, ElasticStack
 from layerwright.nn.encoder_exits import MultiExit
 from layerwright.nn.exit_head import ExitHead
 from layerwright.nn.experts import LowRankStack, PackedStack, SparseStack, replace_parameter_
 from layerwright.nn.factorized import FactorizedConv
 from layerwright.nn.factorized_embedding import FactorizedEmbedding
+from layerwright.nn.kv_memory import KVMemory
 from layerwright.nn.lora_experts import LoRAExperts
 from layerwright.nn.lora_mixture import ExpertUsage, LoRAMixture
 from layerwright.nn.low_rank import LowRankConv, LowRankLinear
+from layerwright.nn.memory_attention import MemoryAttention
 from layerwright.nn.mixed_rows import MixedRowLinear
 from layerwright.nn.ngram_embedding import NGramHashEmbedding, ngram_signatures, vocabulary_of
 from layerwright.nn.norm_scale import NormScale
@@ -61,6 +68,8 @@ __all__ = [
     "PEER",
     "ActivationQuantizer",
     "AdaptiveComputationModule",
+    "AdaptiveSpan",
+    "AllAttention",
     "AttentionProducts",
     "DiagonalSSM",
     "ElasticFFN",
@@ -71,11 +80,13 @@ __all__ = [
     "FactorizedConv",
     "FactorizedEmbedding",
     "InputQuantizer",
+    "KVMemory",
     "LoRAExperts",
     "LoRAMixture",
     "LowRankConv",
     "LowRankLinear",
     "LowRankStack",
+    "MemoryAttention",
     "MixedRowLinear",
     "MultiExit",
     "MultiHeadSSM",
@@ -84,6 +95,7 @@ __all__ = [
     "OneHotEmbedding",
     "OneHotHead",
     "PackedStack",
+    "PersistentMemory",
     "ProductKeyRouter",
     "QuantConv",
     "QuantEmbedding",
@@ -99,6 +111,7 @@ __all__ = [
     "TransducerJoiner",
     "W4A8Linear",
     "WideAttention",
+    "cross_batch_attention",
     "module_from_spec",
     "ngram_signatures",
     "rebuild_",

@@ -61,6 +61,7 @@ MODULES.add("ngram_hash_embedding", "layerwright.nn.ngram_embedding:NGramHashEmb
 MODULES.add("wide_attention", "layerwright.nn.wide_attention:WideAttention")
 MODULES.add("one_hot_embedding", "layerwright.nn.one_hot:OneHotEmbedding")
 MODULES.add("one_hot_head", "layerwright.nn.one_hot:OneHotHead")
+MODULES.add("memory_attention", "layerwright.nn.memory_attention:MemoryAttention")
 MODULES.add("norm_scale", "layerwright.nn.norm_scale:NormScale")
 MODULES.add("persistent_attention", "layerwright.nn.persistent_attention:PersistentAttention")
 MODULES.add("peer", "layerwright.nn.peer:PEER")

@@ -10,6 +10,7 @@ from layerwright.core.registry import Registry
 from layerwright.tune.adaquant import AdaQuant
 from layerwright.tune.alpha_divergence import alpha_divergence
 from layerwright.tune.bias_tune import bias_tune
+from layerwright.tune.crossbatch import CrossBatchLoader, focus_schedule
 from layerwright.tune.distill import distill, distill_layers
 from layerwright.tune.evolq import EvolQ
 from layerwright.tune.feature_cache import FeatureCache
@@ -25,6 +26,7 @@ from layerwright.tune.supernet import Supernet, sandwich_step
 __all__ = [
     "TUNERS",
     "AdaQuant",
+    "CrossBatchLoader",
     "EvolQ",
     "FeatureCache",
     "MixtureHandle",
@@ -36,6 +38,7 @@ __all__ = [
     "distill",
     "distill_layers",
     "find_mixture",
+    "focus_schedule",
     "full",
     "load_adapter",
     "lora",
