@@ -75,9 +75,7 @@ def profile_depth(
     angle = angular_distance(bench.model, data, 1, tokens="all") if len(variance) > 1 else dict.fromkeys(variance, 0.0)
     missed = _where_it_can_be(lambda: drop_impact(bench.model, data)) if drops else {}
     gap = _where_it_can_be(lambda: identity_gap(bench.model, data, probes, seed=seed)) if probes else {}
-    blocks = tuple(
-        BlockEffect(name, variance[name], angle[name], missed.get(name), gap.get(name)) for name in variance
-    )
+    blocks = tuple(BlockEffect(name, variance[name], angle[name], missed.get(name), gap.get(name)) for name in variance)
     return DepthProfile(bench.name, blocks, data.unit)
 
 
