@@ -18,8 +18,9 @@ from layerwright.data.loading import load
 SMALL = ["--samples", "4", "--length", "32"]
 COMMANDS = (
     *("check", "inspect", "plan", "apply", "tune", "measure", "export", "optimize"),
-    *("report", "recipes", "systems", "study", "place", "bench-mq", "grow"),
+    *("report", "recipes", "systems", "study", "place", "bench-mq", "grow", "depth", "serve"),
 )
+GROUPS = {"scaling": ("fit", "design")}
 
 
 Said = Callable[..., str]
@@ -30,9 +31,9 @@ def parsed(text: str) -> Any:
     return json.loads(text)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"{group} {name}" for group in GROUPS for name in GROUPS[group])])
 def test_help_shows_an_example_that_parses(command: str, said: Said) -> None:
-    text = said(command, "--help")
+    text = said(*command.split(), "--help")
     assert f"Example: layerwright {command}" in " ".join(text.replace("`", "").split())
 
 
@@ -41,7 +42,9 @@ def test_the_commands_are_the_ones_that_are_tested(said: Said) -> None:
 
     from layerwright.cli.app import app
 
-    assert set(typer.main.get_command(app).commands) == set(COMMANDS)  # type: ignore[attr-defined]
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert set(known) == {*COMMANDS, *GROUPS}
+    assert all(set(known[group].commands) == set(names) for group, names in GROUPS.items())
     assert all(command in said("--help") for command in COMMANDS)
 
 

@@ -211,11 +211,13 @@ def gram_energy(weight: Tensor, gram: Tensor) -> Tensor:
 
 
 def _mirror_(gram: Tensor) -> None:
-    """Copy the upper triangle of panels to the lower one."""
+    """Copy the upper triangle to the lower one: a product's two halves may differ in the last bit."""
     size = gram.shape[-1]
     for start in range(0, size, _PANEL):
         stop = start + _PANEL
         gram[:, stop:, start:stop] = gram[:, start:stop, stop:].transpose(1, 2)
+        inside = gram[:, start:stop, start:stop]
+        inside.copy_(inside.triu() + inside.triu(1).transpose(1, 2))
 
 
 def unfold(x: Tensor, conv: ConvSettings) -> Tensor:
