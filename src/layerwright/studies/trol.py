@@ -74,8 +74,8 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
     """Measure the claims; see `layerwright.studies.run_study`."""
     begun = time.perf_counter()
     tell = progress or (lambda _what, _done, _total: None)
-    size = Size(40, 8, 64, 2) if quick else Size()
-    encoder = train_encoder(60 if quick else 400, seed=0)
+    size = Size(16, 5, 64, 1) if quick else Size()
+    encoder = train_encoder(40 if quick else 400, seed=0)
     llms = {layers: scene_reader(layers, size.pretraining) for layers in (4, 8)}
     heldout = image_batches(draw_questions(size.heldout, 7_000_001), seed=7_000_001)
     table: list[dict[str, Any]] = []
