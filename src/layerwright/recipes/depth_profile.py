@@ -83,5 +83,5 @@ def _where_it_can_be(measure: Callable[[], dict[str, float]]) -> dict[str, float
     """What is measured, nothing where the blocks do not allow it (they change the shape, or are called by keyword)."""
     try:
         return measure()
-    except (InputError, RuntimeError, NotImplementedError):
+    except (InputError, NotImplementedError):
         return {}
