@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -128,6 +129,7 @@ def train_(
     parts: Sequence[Part] = (),
     before_step: Callable[[Any, int], None] | None = None,
     training: bool = False,
+    optimizer_of: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
 ) -> list[float]:
     """Train `parameters` of `model` (default: all that require gradients) to lower ``loss_of(model, item)``.
 
@@ -138,7 +140,8 @@ def train_(
     the `batches_per_step`, and all end with the same weights. With `distributed` False every process trains on all.
 
     The parameters of `parts` make groups of their own in the optimizer, which carry the part's label;
-    ``before_step(optimizer, step)`` is called once the rates of a step are set, and may change them.
+    ``before_step(optimizer, step)`` is called once the rates of a step are set, and may change them. Another optimizer
+    than AdamW is built by ``optimizer_of(groups)``.
 
     Returns:
         The loss of each step.
@@ -153,7 +156,8 @@ def train_(
         raise InputError("no batches to train on")
     masters = [p if p.dtype in (torch.float32, torch.float64) else _master(p) for p in trained]
     groups = _groups(trained, masters, parts, schedule.weight_decay)
-    optimizer: Any = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.95))
+    adamw = functools.partial(torch.optim.AdamW, lr=schedule.learning_rate, betas=(0.9, 0.95))
+    optimizer: Any = (optimizer_of or adamw)(groups)
     accelerator = _accelerator(trained[0].device) if distributed else None
     running = model
     if accelerator is not None:
