@@ -18,7 +18,7 @@ from layerwright.data.loading import load
 SMALL = ["--samples", "4", "--length", "32"]
 COMMANDS = (
     *("check", "inspect", "plan", "apply", "tune", "measure", "export", "optimize"),
-    *("report", "recipes", "systems", "study", "place", "bench-mq", "grow", "depth", "serve"),
+    *("report", "recipes", "systems", "study", "place", "bench-mq", "grow", "init", "depth", "serve", "shape"),
 )
 GROUPS = {"scaling": ("fit", "design")}
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from layerwright.core.errors import InputError
-from layerwright.studies import _listops, wide_attention
-from layerwright.studies.wide_attention import GROUPS, LENGTH, library_chunks, run
+from layerwright.studies import _listops
+from layerwright.studies.wide_attention import run
 
 
 def value_of(tokens: list[int]) -> int:
@@ -68,22 +68,6 @@ def test_expressions_are_varied_and_drawn_again() -> None:
 
 def test_median_is_the_lower_one() -> None:
     assert [_listops.OPERATORS["MED"](v) for v in ([3, 1], [5, 1, 9], [4, 8, 2, 6])] == [1, 5, 4]
-
-
-def test_chunks_are_of_their_own_part() -> None:
-    train, none, labels = library_chunks("train", 22)
-    assert none is None
-    assert labels.bincount().tolist() == [6, 6, 5, 5]
-    for part, chunks, own in (("train", train, labels), ("heldout", *library_chunks("heldout", 12)[::2])):
-        texts = wide_attention._group_files(part)  # type: ignore[arg-type]
-        assert len(texts) == len(GROUPS)
-        for chunk, label in zip(chunks, own.tolist(), strict=True):
-            assert len(chunk) == LENGTH
-            assert any(bytes(chunk.tolist()) in text for text in texts[label])
-    seen = {text for group in wide_attention._group_files("train") for text in group}
-    assert not any(text in seen for group in wide_attention._group_files("heldout") for text in group)
-    assert torch.equal(library_chunks("train", 22)[0], train)
-    assert not torch.equal(library_chunks("train", 22, seed=1)[0], train)
 
 
 def test_quick_form() -> None:

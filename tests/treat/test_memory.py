@@ -177,6 +177,23 @@ def test_half_precision_and_copies() -> None:
     assert exact.held == 8
 
 
+def test_a_second_handle_leaves_the_first_its_say() -> None:
+    handle = add_memory(llama(), [1, 3], dtype=None)
+    again = find_memory(handle.model)
+    assert again is not None
+    handle.read(IDS)
+    assert handle.held == again.held == 12
+    again.reset()
+    positive_attention_mass(handle.model, {"input_ids": IDS}, 1)
+    handle.read(IDS[:, :5])
+    assert handle.held == 5
+    copied = find_memory(structure_copy(handle.model))
+    assert copied is not None
+    with copied.writing():
+        handle.model(IDS, use_cache=False)
+    assert handle.held == 5
+
+
 def test_wrong_calls() -> None:
     model = llama()
     with pytest.raises(InputError, match="unknown block"):

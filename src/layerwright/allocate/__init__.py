@@ -14,6 +14,7 @@
 - `width_schedule`: heads, neurons and rank on the way to a narrower encoder.
 - `search_subnets`: sub-networks of a supernet for each size, by evolution.
 - `depth_width_plan`: over how many layers a number of heads is shared out.
+- `equal_parameter_shapes`, `equal_flops_shapes`, `Shape`, `shape_of`: depths and widths of one cost; `DepthWidthAllocator`, `compare_with_best`: which to take (Bamboo).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from collections.abc import Callable
 from layerwright.allocate.activation_strategy import fptq_strategy
 from layerwright.allocate.aspect import AspectCost, depth_width_plan
 from layerwright.allocate.clustering import clusters
+from layerwright.allocate.depth_width import Comparison, DepthWidthAllocator, DepthWidthPlan, compare_with_best
 from layerwright.allocate.descent import greedy
+from layerwright.allocate.equal_parameters import Shape, equal_flops_shapes, equal_parameter_shapes, shape_of
 from layerwright.allocate.exact import integer
 from layerwright.allocate.frontier import pareto
 from layerwright.allocate.global_rows import global_rows
@@ -44,11 +47,18 @@ __all__ = [
     "ALLOCATORS",
     "AspectCost",
     "BlockChoice",
+    "Comparison",
+    "DepthWidthAllocator",
+    "DepthWidthPlan",
     "FoundSubnet",
+    "Shape",
     "SubsetEvaluations",
     "Widths",
     "clusters",
+    "compare_with_best",
     "depth_width_plan",
+    "equal_flops_shapes",
+    "equal_parameter_shapes",
     "evolution",
     "filter_target",
     "fptq_strategy",
@@ -65,6 +75,7 @@ __all__ = [
     "pareto",
     "proportional_widths",
     "search_subnets",
+    "shape_of",
     "uniform",
     "width_schedule",
 ]

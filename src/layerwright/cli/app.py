@@ -8,9 +8,11 @@ from layerwright.cli import changing, deciding, showing
 from layerwright.cli.bench_mq import bench_mq
 from layerwright.cli.depth import depth
 from layerwright.cli.growing import grow
+from layerwright.cli.init import init
 from layerwright.cli.place import place
 from layerwright.cli.scaling import scaling
 from layerwright.cli.serve import serve
+from layerwright.cli.shape import shape
 
 __all__ = ["app"]
 
@@ -43,6 +45,8 @@ for _command in (
     changing.optimize,
     serve,
     grow,
+    shape,
+    init,
     showing.report,
     showing.recipes,
     showing.systems,

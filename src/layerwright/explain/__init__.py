@@ -7,14 +7,33 @@
 - `scale_landscape`: the loss over a plane of weight scales, or of weights, of one block; `roughness` of such a grid.
 - `retrieved_experts`: how evenly retrieved experts are used; `RetrievedExperts`: what it returns.
 - `positive_attention_mass`: how much of the attention to a memory is on the own document.
+- `GuidedBackprop`: what raises a unit, by guided backpropagation, deconvnet or gradient; `randomization_check` of such maps.
+- `text_diversity`, `self_bleu`, `corpus_bleu`, `collapse_reason`: how good and how varied generated sentences are (SADPGAN).
+- `mel_cepstral_distortion`, `speaker_similarity`, `diagonal_attention`: how near speech is to the true one (TDASS).
 """
 
 from __future__ import annotations
 
 from layerwright.explain.expert_usage import UsageTable, expert_usage
+from layerwright.explain.guided_backprop import GuidedBackprop, randomization_check
 from layerwright.explain.positive_mass import positive_attention_mass
 from layerwright.explain.retrieved_experts import RetrievedExperts, retrieved_experts
 from layerwright.explain.scale_landscape import Landscape, roughness, scale_landscape
+from layerwright.explain.speech_distance import (
+    diagonal_attention,
+    mel_cepstral_distortion,
+    speaker_similarity,
+    warped_distance,
+)
+from layerwright.explain.text_diversity import (
+    BleuReference,
+    collapse_reason,
+    corpus_bleu,
+    diversity_against,
+    reverse_nll,
+    self_bleu,
+    text_diversity,
+)
 from layerwright.score.relevance import (
     Relevance,
     lrp,
@@ -29,10 +48,16 @@ from layerwright.score.relevance import (
 )
 
 __all__ = [
+    "BleuReference",
+    "GuidedBackprop",
     "Landscape",
     "Relevance",
     "RetrievedExperts",
     "UsageTable",
+    "collapse_reason",
+    "corpus_bleu",
+    "diagonal_attention",
+    "diversity_against",
     "expert_usage",
     "lrp",
     "lrp_add",
@@ -43,8 +68,15 @@ __all__ = [
     "lrp_multiply",
     "lrp_pixels",
     "lrp_proportional",
+    "mel_cepstral_distortion",
     "positive_attention_mass",
+    "randomization_check",
     "retrieved_experts",
+    "reverse_nll",
     "roughness",
     "scale_landscape",
+    "self_bleu",
+    "speaker_similarity",
+    "text_diversity",
+    "warped_distance",
 ]

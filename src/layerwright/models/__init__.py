@@ -9,35 +9,64 @@
 - `AspectEncoder`, `llama_family`: encoders of one number of heads, deep or wide; `aspect_report`, `aspect_flops`: what they cost.
 - `ByteSeq2Seq`: an encoder-decoder over bytes, with embeddings or without; greedy and beam search.
 - `AllAttentionLM`: a language model of all-attention layers alone.
+- `AllCNN`: convolutions alone, down to the classifier.
+- `Backbone`: what all vision networks offer; `count_macs`; `load_official_`: weights of the authors' checkpoints.
+- `TextGenerator`, `SurpriseDiscriminator`: the two sides of a text GAN, both language models (SADPGAN).
+- `Tacotron2`: text and speaker to a mel spectrum; `SpeakerClassifier`: who speaks (TDASS).
+- `MaskedAutoencoder`, `ImageEncoder`, `ImageClassifier`: masked image models of any shape; `masked_lm`, `bert_mask`: BERT of any shape (Bamboo).
 """
 
 from __future__ import annotations
 
 from layerwright.models.all_attention_lm import AllAttentionLM
+from layerwright.models.all_cnn import AllCNN
 from layerwright.models.aspect_encoder import AspectEncoder, llama_family
 from layerwright.models.aspect_report import aspect_flops, aspect_report
+from layerwright.models.backbone import Backbone, count_macs, load_official_
 from layerwright.models.byte_seq2seq import ByteSeq2Seq
 from layerwright.models.densenet import DenseNetBC, deepen_dense_, widen_dense_, widen_transitions_
+from layerwright.models.masked_autoencoder import ImageClassifier, ImageEncoder, MaskedAutoencoder
+from layerwright.models.masked_lm import bert_mask, masked_lm, masked_lm_loss
 from layerwright.models.plain_cnn import PlainCNN
 from layerwright.models.rnnt import RNNT
 from layerwright.models.saved import from_spec, load_network, save_network
+from layerwright.models.speaker_classifier import SpeakerClassifier
+from layerwright.models.tacotron2 import Tacotron2, TacotronConfig, TacotronOutput, TacotronSpeech
+from layerwright.models.text_gan import SurpriseDiscriminator, TextGenerator
 from layerwright.models.tiny_vlm import TinyVLM, image_projector, merge_image_features
 
 __all__ = [
     "RNNT",
     "AllAttentionLM",
+    "AllCNN",
     "AspectEncoder",
+    "Backbone",
     "ByteSeq2Seq",
     "DenseNetBC",
+    "ImageClassifier",
+    "ImageEncoder",
+    "MaskedAutoencoder",
     "PlainCNN",
+    "SpeakerClassifier",
+    "SurpriseDiscriminator",
+    "Tacotron2",
+    "TacotronConfig",
+    "TacotronOutput",
+    "TacotronSpeech",
+    "TextGenerator",
     "TinyVLM",
     "aspect_flops",
     "aspect_report",
+    "bert_mask",
+    "count_macs",
     "deepen_dense_",
     "from_spec",
     "image_projector",
     "llama_family",
     "load_network",
+    "load_official_",
+    "masked_lm",
+    "masked_lm_loss",
     "merge_image_features",
     "save_network",
     "widen_dense_",

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from layerwright.core.calibration import evaluating
 from layerwright.core.errors import InputError
 from layerwright.models.aspect_encoder import AspectBlock, AspectEncoder
 from layerwright.score.costs import count_flops
+from layerwright.score.turns import fixed_threads, kept_activation_bytes, milliseconds, rounds_in_turns
 
 __all__ = ["aspect_flops", "aspect_report"]
 
@@ -63,8 +61,8 @@ def aspect_report(
     rows = min(model.embedding.num_embeddings for model in models)
     device = models[0].embedding.weight.device
     ids = torch.randint(rows, input_shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    with _threads(threads):
-        times = _rounds(models, ids, rounds)
+    with fixed_threads(threads):
+        times = rounds_in_turns(models, ids, rounds)
         bytes_per_ms, call_ms = _bandwidth(device), _call_ms(device)
         return [
             _cost(model, ids, taken, times[0], bytes_per_ms, call_ms)
@@ -104,7 +102,7 @@ def _cost(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         body_parameters=model.body_parameters(),
         flops=count_flops(model, lambda: model(ids))[""],
-        activation_bytes=_activation_bytes(model, ids),
+        activation_bytes=kept_activation_bytes(model, ids),
         latency_ms=statistics.median(taken),
         spread_ms=high - low,
         relative_latency=statistics.median(a / b for a, b in zip(taken, first, strict=True)),
@@ -112,60 +110,6 @@ def _cost(
         weight_ms=_weight_bytes(model, ids) / bytes_per_ms,
         overhead_ms=operations * call_ms,
     )
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@torch.no_grad()
-def _rounds(models: Sequence[AspectEncoder], ids: Tensor, rounds: int) -> list[list[float]]:
-    """Milliseconds of each model in each round."""
-    times: list[list[float]] = [[] for _ in models]
-    for number in range(rounds + 2):
-        for model, taken in zip(models, times, strict=True):
-            with evaluating(model):
-                spent = _milliseconds(partial(model, ids), ids.device)
-            if number >= 2:
-                taken.append(spent)
-    return times
-
-
-def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    _wait(device)
-    begun = clock()
-    run()
-    _wait(device)
-    return 1000 * (clock() - begun)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _activation_bytes(model: AspectEncoder, ids: Tensor) -> int:
-    """Bytes of storage that autograd keeps of one forward pass, weights left out."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict(keep_vars=True).values()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with evaluating(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        output = model(ids)  # what is kept lives as long as this does, so that no address is used twice
-        del output
-    return sum(kept.values())
 
 
 class _Counter(TorchDispatchMode):
@@ -197,7 +141,7 @@ def _bandwidth(device: torch.device) -> float:
     """Bytes for each millisecond that a sum over a large tensor reads."""
     large = torch.ones(_PROBE_BYTES // 4, device=device)
     large.sum()
-    return _PROBE_BYTES / min(_milliseconds(large.sum, device) for _ in range(5))
+    return _PROBE_BYTES / min(milliseconds(large.sum, device) for _ in range(5))
 
 
 def _call_ms(device: torch.device) -> float:
@@ -209,4 +153,4 @@ def _call_ms(device: torch.device) -> float:
             torch.add(one, one)
 
     calls()
-    return _milliseconds(calls, device) / _PROBE_CALLS
+    return milliseconds(calls, device) / _PROBE_CALLS

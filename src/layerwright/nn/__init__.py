@@ -23,6 +23,10 @@
 - `OneHotEmbedding`, `OneHotHead`, `TokenDropout`: bytes without embedding matrices; dropout of whole tokens.
 - `AllAttention`, `PersistentMemory`, `AdaptiveSpan`: learned keys and values beside the context, under one softmax.
 - `MemoryAttention`, `KVMemory`, `cross_batch_attention`: attention to a store of earlier keys and values (Focused Transformer).
+- `DropPath`, `ChannelNorm`, `SqueezeExcite`, `GlobalAvgHead`, `DistilledHead`, `CosineHead`: parts of vision networks; `p_norm_pool` (All-CNN).
+- `SequenceCore`: an LSTM, GRU or causal transformer behind one step interface (SADPGAN).
+- `ConditionalGradientReversal`, `SelfInterestedClassifier`, `gradient_scale`: gradients with a factor for each sample (TDASS).
+- `random_mask`, `RandomMask`, `keep_tokens`, `restore_tokens`, `mask_of`: tokens left out at random, and put back in order (Bamboo).
 """
 
 from __future__ import annotations
@@ -32,13 +36,17 @@ from layerwright.nn.adaptive import AdaptiveComputationModule
 from layerwright.nn.adaptive_span import AdaptiveSpan
 from layerwright.nn.all_attention import AllAttention, PersistentMemory
 from layerwright.nn.attention_products import AttentionProducts
+from layerwright.nn.channel_norm import ChannelNorm
+from layerwright.nn.classifier_heads import CosineHead, DistilledHead, GlobalAvgHead
 from layerwright.nn.cross_batch import cross_batch_attention
+from layerwright.nn.drop_path import DropPath
 from layerwright.nn.elastic import ElasticFFN, ElasticLinear, ElasticStack
 from layerwright.nn.encoder_exits import MultiExit
 from layerwright.nn.exit_head import ExitHead
 from layerwright.nn.experts import LowRankStack, PackedStack, SparseStack, replace_parameter_
 from layerwright.nn.factorized import FactorizedConv
 from layerwright.nn.factorized_embedding import FactorizedEmbedding
+from layerwright.nn.gradient_scale import ConditionalGradientReversal, SelfInterestedClassifier, gradient_scale
 from layerwright.nn.kv_memory import KVMemory
 from layerwright.nn.lora_experts import LoRAExperts
 from layerwright.nn.lora_mixture import ExpertUsage, LoRAMixture
@@ -48,14 +56,18 @@ from layerwright.nn.mixed_rows import MixedRowLinear
 from layerwright.nn.ngram_embedding import NGramHashEmbedding, ngram_signatures, vocabulary_of
 from layerwright.nn.norm_scale import NormScale
 from layerwright.nn.one_hot import OneHotEmbedding, OneHotHead, TokenDropout
+from layerwright.nn.p_norm_pool import p_norm_pool
 from layerwright.nn.peer import PEER
 from layerwright.nn.product_keys import ProductKeyRouter
 from layerwright.nn.quantized import QuantConv, QuantEmbedding, QuantLinear
+from layerwright.nn.random_mask import RandomMask, keep_tokens, mask_of, random_mask, restore_tokens
 from layerwright.nn.replace import module_from_spec, rebuild_, replace_, structure_of
 from layerwright.nn.residual_block import ResidualBlock
 from layerwright.nn.scaled_gradient import scale_gradient
+from layerwright.nn.sequence_core import SequenceCore
 from layerwright.nn.slices import slice_linear
 from layerwright.nn.sparse import SparseConv, SparseLinear
+from layerwright.nn.squeeze_excite import SqueezeExcite
 from layerwright.nn.state_space import DiagonalSSM, MultiHeadSSM
 from layerwright.nn.stored import Stored
 from layerwright.nn.subnet import SubnetConfig, SubnetSpace
@@ -71,7 +83,12 @@ __all__ = [
     "AdaptiveSpan",
     "AllAttention",
     "AttentionProducts",
+    "ChannelNorm",
+    "ConditionalGradientReversal",
+    "CosineHead",
     "DiagonalSSM",
+    "DistilledHead",
+    "DropPath",
     "ElasticFFN",
     "ElasticLinear",
     "ElasticStack",
@@ -79,6 +96,7 @@ __all__ = [
     "ExpertUsage",
     "FactorizedConv",
     "FactorizedEmbedding",
+    "GlobalAvgHead",
     "InputQuantizer",
     "KVMemory",
     "LoRAExperts",
@@ -100,10 +118,14 @@ __all__ = [
     "QuantConv",
     "QuantEmbedding",
     "QuantLinear",
+    "RandomMask",
     "ResidualBlock",
+    "SelfInterestedClassifier",
+    "SequenceCore",
     "SparseConv",
     "SparseLinear",
     "SparseStack",
+    "SqueezeExcite",
     "Stored",
     "SubnetConfig",
     "SubnetSpace",
@@ -112,11 +134,17 @@ __all__ = [
     "W4A8Linear",
     "WideAttention",
     "cross_batch_attention",
+    "gradient_scale",
+    "keep_tokens",
+    "mask_of",
     "module_from_spec",
     "ngram_signatures",
+    "p_norm_pool",
+    "random_mask",
     "rebuild_",
     "replace_",
     "replace_parameter_",
+    "restore_tokens",
     "scale_gradient",
     "slice_linear",
     "structure_of",

@@ -142,7 +142,8 @@ class MemoryAttention(Attachment):
         return cls(**settings, chunk=(heads, queries), dtype=dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "store": None}  # a copy of the model begins with an empty memory
+        # a copy of the model begins with an empty memory, and is told what to do by a handle of its own
+        return {**self.__dict__, "store": None, "calls": MemoryCalls()}
 
     def run(
         self, attention: Any, plain: Any, hidden: Tensor, tables: Any, mask: Tensor | None, cache: Any, rest: Any

@@ -7,5 +7,12 @@
 from __future__ import annotations
 
 from layerwright.report.page import render, write_report
+from layerwright.report.shape import render_shape, shape_charts, write_shape
 
-__all__ = ["render", "write_report"]
+__all__ = [
+    "render",
+    "render_shape",
+    "shape_charts",
+    "write_report",
+    "write_shape",
+]

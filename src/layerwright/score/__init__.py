@@ -21,6 +21,7 @@ from layerwright.score.exit_curve import exit_curve, exit_records
 from layerwright.score.exit_taylor import exit_taylor
 from layerwright.score.finetuning_profile import FinetuningProfile, finetuning_profile
 from layerwright.score.inputs import walk_inputs
+from layerwright.score.linear_probe import linear_probe
 from layerwright.score.options import (
     fisher,
     hutchinson,
@@ -32,8 +33,17 @@ from layerwright.score.options import (
     weight_error,
 )
 from layerwright.score.output_rows import output_row_loss
+from layerwright.score.smoothing import (
+    frequency_profile,
+    hc_ratio,
+    high_frequency_share,
+    pairwise_cosine,
+    smoothing_rate,
+    token_cosine,
+)
 from layerwright.score.statistics import InputStatistics
 from layerwright.score.token_errors import token_error_rate
+from layerwright.score.variance_profile import variance_profile
 
 __all__ = [
     "SCORERS",
@@ -57,18 +67,26 @@ __all__ = [
     "exit_taylor",
     "finetuning_profile",
     "fisher",
+    "frequency_profile",
+    "hc_ratio",
+    "high_frequency_share",
     "hutchinson",
     "identity_gap",
+    "linear_probe",
     "loss_swap",
     "output_error",
     "output_row_loss",
+    "pairwise_cosine",
     "profile_model",
     "residual_variance",
     "second_order",
     "similarity",
+    "smoothing_rate",
     "snr",
     "taylor",
+    "token_cosine",
     "token_error_rate",
+    "variance_profile",
     "walk_inputs",
     "weight_error",
 ]

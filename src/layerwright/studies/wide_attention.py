@@ -7,40 +7,30 @@ expressions. Everything but the aspect ratio is equal.
 from __future__ import annotations
 
 import statistics
-import sysconfig
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerwright.core.errors import InputError
 from layerwright.core.evidence import Check, Evidence
-from layerwright.data.stdlib import stdlib_files
+from layerwright.data.library_groups import LENGTH, LIBRARY_GROUPS, library_pieces
+from layerwright.data.stdlib import Split
 from layerwright.models.aspect_encoder import AspectEncoder
 from layerwright.models.aspect_report import aspect_flops, aspect_report
 from layerwright.nn.wide_attention import AttentionKind
 from layerwright.studies import _listops
 from layerwright.studies.sequence import mean_of
-from layerwright.studies.sequence.corpus import Split
 from layerwright.tune._loop import Schedule, train_
 
-__all__ = ["CLAIM", "GROUPS", "library_chunks", "run", "train_classifier_"]
+__all__ = ["CLAIM", "run", "train_classifier_"]
 
 CLAIM = (
     "With as many heads in all, and everything else equal, one wide layer classifies texts about as well as several narrow "
     "ones, with half of the parameters and less time for each."
 )
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "concurrency": ("asyncio", "multiprocessing", "concurrent"),
-    "internet": ("email", "http", "urllib", "html", "xml", "xmlrpc", "wsgiref"),
-    "encodings": ("encodings",),
-    "tools": ("distutils", "unittest", "importlib", "logging"),
-}
-HEADS, DIM, HEAD_DIM, FFN, LENGTH, NESTED_LENGTH = 12, 64, 16, 128, 256, 64
+HEADS, DIM, HEAD_DIM, FFN, NESTED_LENGTH = 12, 64, 16, 128, 64
 DEEP, WIDE = "6x2", "1x12"
 RATE, BYTE_BATCH, NESTED_BATCH = 2e-3, 8, 32
 BYTES, NESTED = "library bytes", "ListOps"
@@ -49,42 +39,9 @@ Labelled = tuple[Tensor, Tensor | None, Tensor]
 """Ids ``(samples, tokens)``, a mask of that shape or None, labels ``(samples,)``."""
 
 
-@cache
-def _group_files(split: Split) -> tuple[tuple[bytes, ...], ...]:
-    """Contents of the files of each group that hold a chunk at least."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    texts: dict[str, list[bytes]] = {folder: [] for folders in GROUPS.values() for folder in folders}
-    for path in stdlib_files(split):
-        folder = path.relative_to(root).parts[0]
-        if folder in texts and len(text := path.read_bytes()) >= LENGTH:
-            texts[folder].append(text)
-    return tuple(tuple(text for folder in folders for text in texts[folder]) for folders in GROUPS.values())
-
-
-def library_chunks(split: Split, count: int, *, seed: int = 0) -> Labelled:
-    """`count` chunks of 256 bytes of one part of the library, as many of each group, at random places in its files.
-
-    Files are drawn in proportion to their size. Parts share no file.
-
-    Raises:
-        InputError: a group without files in this part.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    chunks, labels = [], []
-    for label, (name, texts) in enumerate(zip(GROUPS, _group_files(split), strict=True)):
-        if not texts:
-            raise InputError(f"{name}: this Python's library has no files of this group in the {split} part")
-        places = torch.tensor([len(text) - LENGTH + 1 for text in texts])
-        ends = places.cumsum(0)
-        taken = count // len(GROUPS) + (label < count % len(GROUPS))
-        drawn = torch.randint(int(ends[-1]), (taken,), generator=draw)
-        files = torch.searchsorted(ends, drawn, right=True)
-        starts = drawn - (ends - places)[files]
-        for file, start in zip(files.tolist(), starts.tolist(), strict=True):
-            chunks.append(torch.frombuffer(bytearray(texts[file][start : start + LENGTH]), dtype=torch.uint8))
-        labels += [label] * taken
-    order = torch.randperm(count, generator=draw)
-    return torch.stack(chunks).long()[order], None, torch.tensor(labels)[order]
+def _pieces(split: Split, count: int, seed: int = 0) -> Labelled:
+    chunks, labels = library_pieces(split, count, seed=seed)
+    return chunks, None, labels
 
 
 def _nested(count: int, seed: int) -> Labelled:
@@ -118,7 +75,7 @@ def _accuracy(model: AspectEncoder, data: Labelled) -> float:
 
 def _family(task: str, layers: Sequence[int], kind: AttentionKind, seed: int) -> list[AspectEncoder]:
     vocabulary, length, classes = (
-        (256, LENGTH, len(GROUPS)) if task == BYTES else (_listops.VOCABULARY, NESTED_LENGTH, _listops.CLASSES)
+        (256, LENGTH, len(LIBRARY_GROUPS)) if task == BYTES else (_listops.VOCABULARY, NESTED_LENGTH, _listops.CLASSES)
     )
     return AspectEncoder.family(
         HEADS, layers, vocabulary=vocabulary, dim=DIM, head_dim=HEAD_DIM, ffn_dim=FFN, max_len=length, classes=classes,
@@ -134,13 +91,13 @@ def run(quick: bool = False, seeds: int = 3, progress: Progress | None = None) -
     plan: list[tuple[str, AttentionKind, Sequence[int], int]] = [(BYTES, "softmax", shapes, 24 if quick else 120)]
     plan += [] if quick else [(BYTES, "linear", ends, 120)]
     plan += [(NESTED, "softmax", shapes, 12 if quick else 80)]
-    tests = {BYTES: library_chunks("heldout", 128 if quick else 512), NESTED: _nested(200 if quick else 1000, 999_999)}
+    tests = {BYTES: _pieces("heldout", 128 if quick else 512), NESTED: _nested(200 if quick else 1000, 999_999)}
     table: list[dict[str, Any]] = []
     for task, kind, layers, steps in plan:
         for seed in used:
             batch = BYTE_BATCH if task == BYTES else NESTED_BATCH
             samples = steps * batch
-            data = library_chunks("train", samples, seed=seed) if task == BYTES else _nested(samples, seed)
+            data = _pieces("train", samples, seed) if task == BYTES else _nested(samples, seed)
             for model in _family(task, layers, kind, seed):
                 shape = f"{model.layers}x{model.heads_per_layer}"
                 train_classifier_(model, data, batch=batch, seed=seed)

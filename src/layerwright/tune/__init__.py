@@ -1,4 +1,6 @@
-"""Recover quality after treatment: `TUNERS` by name, each ``tuner(model, calibration, *, teacher, seed, ...) -> model``."""
+"""Recover quality after treatment: `TUNERS` by name, each ``tuner(model, calibration, *, teacher, seed, ...) -> model``.
+- `TDASS`, `train_target_domain_`: speech of a voice with few samples, taught by others (TDASS).
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,10 @@ from layerwright.tune.multi_exit import MultiExitDistillation
 from layerwright.tune.renormalize import renormalize
 from layerwright.tune.subtune import subtune
 from layerwright.tune.supernet import Supernet, sandwich_step
+from layerwright.tune.target_domain import TDASS, train_target_domain_
 
 __all__ = [
+    "TDASS",
     "TUNERS",
     "AdaQuant",
     "CrossBatchLoader",
@@ -46,6 +50,7 @@ __all__ = [
     "sandwich_step",
     "save_adapter",
     "subtune",
+    "train_target_domain_",
 ]
 
 TUNERS: Registry[Callable[..., nn.Module]] = Registry("tuner")
@@ -66,6 +71,7 @@ for _name, _target in {
     "lora": "layerwright.tune.lora:lora",
     "renormalize": "layerwright.tune.recover:renormalize_tuner",
     "subtuning": "layerwright.tune.subtuning:subtuning",
+    "tdass": "layerwright.tune.target_domain:tdass",
     "window": "layerwright.tune.window:window",
 }.items():
     TUNERS.add(_name, _target)
