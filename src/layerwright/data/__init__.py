@@ -7,6 +7,7 @@ from layerwright.data.espeak import EspeakVoice, espeak_corpus
 from layerwright.data.folds import stratified_folds
 from layerwright.data.grammar import SentenceGrammar
 from layerwright.data.image_folder import image_folder
+from layerwright.data.land_use import LAND_GROUPS, LAND_USE, land_use
 from layerwright.data.library_groups import library_pieces
 from layerwright.data.loading import DEMOS, Source, load, locate
 from layerwright.data.mel import MelSettings, griffin_lim, mel_spectrogram, mel_to_magnitude
@@ -20,6 +21,8 @@ from layerwright.data.word_vocabulary import WordVocabulary, split_sentences
 
 __all__ = [
     "DEMOS",
+    "LAND_GROUPS",
+    "LAND_USE",
     "ByteCodec",
     "EspeakVoice",
     "MelSettings",
@@ -39,6 +42,7 @@ __all__ = [
     "grey_scenes",
     "griffin_lim",
     "image_folder",
+    "land_use",
     "library_pieces",
     "load",
     "locate",

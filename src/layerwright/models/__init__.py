@@ -14,6 +14,7 @@
 - `TextGenerator`, `SurpriseDiscriminator`: the two sides of a text GAN, both language models (SADPGAN).
 - `Tacotron2`: text and speaker to a mel spectrum; `SpeakerClassifier`: who speaks (TDASS).
 - `MaskedAutoencoder`, `ImageEncoder`, `ImageClassifier`: masked image models of any shape; `masked_lm`, `bert_mask`: BERT of any shape (Bamboo).
+- `HybridQCNN`, `LandUseCNN`, `HierarchicalClassifier`: a quantum layer between convolutions and classifier.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from layerwright.models.aspect_report import aspect_flops, aspect_report
 from layerwright.models.backbone import Backbone, count_macs, load_official_
 from layerwright.models.byte_seq2seq import ByteSeq2Seq
 from layerwright.models.densenet import DenseNetBC, deepen_dense_, widen_dense_, widen_transitions_
+from layerwright.models.hybrid_qcnn import HierarchicalClassifier, HybridQCNN, LandUseCNN
 from layerwright.models.masked_autoencoder import ImageClassifier, ImageEncoder, MaskedAutoencoder
 from layerwright.models.masked_lm import bert_mask, masked_lm, masked_lm_loss
 from layerwright.models.plain_cnn import PlainCNN
@@ -43,8 +45,11 @@ __all__ = [
     "Backbone",
     "ByteSeq2Seq",
     "DenseNetBC",
+    "HierarchicalClassifier",
+    "HybridQCNN",
     "ImageClassifier",
     "ImageEncoder",
+    "LandUseCNN",
     "MaskedAutoencoder",
     "PlainCNN",
     "SpeakerClassifier",

@@ -27,6 +27,8 @@
 - `SequenceCore`: an LSTM, GRU or causal transformer behind one step interface (SADPGAN).
 - `ConditionalGradientReversal`, `SelfInterestedClassifier`, `gradient_scale`: gradients with a factor for each sample (TDASS).
 - `random_mask`, `RandomMask`, `keep_tokens`, `restore_tokens`, `mask_of`: tokens left out at random, and put back in order (Bamboo).
+- `EBVHead`, `generate_ebv`, `welch_bound`, `cached_ebv`: classes as fixed, nearly orthogonal vectors (EBV).
+- `QuantumLayer`, `Circuit`, `named_circuit`, `meyer_wallach`: small quantum circuits as layers, simulated in batches (hybrid QCNN).
 """
 
 from __future__ import annotations
@@ -40,8 +42,11 @@ from layerwright.nn.channel_norm import ChannelNorm
 from layerwright.nn.classifier_heads import CosineHead, DistilledHead, GlobalAvgHead
 from layerwright.nn.cross_batch import cross_batch_attention
 from layerwright.nn.drop_path import DropPath
+from layerwright.nn.ebv_head import EBVHead, ebv_logits, ebv_loss
 from layerwright.nn.elastic import ElasticFFN, ElasticLinear, ElasticStack
 from layerwright.nn.encoder_exits import MultiExit
+from layerwright.nn.equiangular import EBVResult, generate_ebv, measure_cosines, pair_hinge, welch_bound
+from layerwright.nn.equiangular_cache import cached_ebv
 from layerwright.nn.exit_head import ExitHead
 from layerwright.nn.experts import LowRankStack, PackedStack, SparseStack, replace_parameter_
 from layerwright.nn.factorized import FactorizedConv
@@ -60,6 +65,25 @@ from layerwright.nn.p_norm_pool import p_norm_pool
 from layerwright.nn.peer import PEER
 from layerwright.nn.product_keys import ProductKeyRouter
 from layerwright.nn.quantized import QuantConv, QuantEmbedding, QuantLinear
+from layerwright.nn.quantum_circuit import (
+    CIRCUITS,
+    Circuit,
+    bell_circuit,
+    named_circuit,
+    real_amplitudes_circuit,
+    ry_circuit,
+)
+from layerwright.nn.quantum_gates import (
+    apply_cx,
+    apply_h,
+    apply_ry,
+    expval_z,
+    ground_state,
+    meyer_wallach,
+    probabilities,
+)
+from layerwright.nn.quantum_layer import QuantumLayer
+from layerwright.nn.quantum_state import circuit_state
 from layerwright.nn.random_mask import RandomMask, keep_tokens, mask_of, random_mask, restore_tokens
 from layerwright.nn.replace import module_from_spec, rebuild_, replace_, structure_of
 from layerwright.nn.residual_block import ResidualBlock
@@ -77,6 +101,7 @@ from layerwright.nn.w4a8 import W4A8Linear
 from layerwright.nn.wide_attention import WideAttention
 
 __all__ = [
+    "CIRCUITS",
     "PEER",
     "ActivationQuantizer",
     "AdaptiveComputationModule",
@@ -84,11 +109,14 @@ __all__ = [
     "AllAttention",
     "AttentionProducts",
     "ChannelNorm",
+    "Circuit",
     "ConditionalGradientReversal",
     "CosineHead",
     "DiagonalSSM",
     "DistilledHead",
     "DropPath",
+    "EBVHead",
+    "EBVResult",
     "ElasticFFN",
     "ElasticLinear",
     "ElasticStack",
@@ -118,6 +146,7 @@ __all__ = [
     "QuantConv",
     "QuantEmbedding",
     "QuantLinear",
+    "QuantumLayer",
     "RandomMask",
     "ResidualBlock",
     "SelfInterestedClassifier",
@@ -133,21 +162,40 @@ __all__ = [
     "TransducerJoiner",
     "W4A8Linear",
     "WideAttention",
+    "apply_cx",
+    "apply_h",
+    "apply_ry",
+    "bell_circuit",
+    "cached_ebv",
+    "circuit_state",
     "cross_batch_attention",
+    "ebv_logits",
+    "ebv_loss",
+    "expval_z",
+    "generate_ebv",
     "gradient_scale",
+    "ground_state",
     "keep_tokens",
     "mask_of",
+    "measure_cosines",
+    "meyer_wallach",
     "module_from_spec",
+    "named_circuit",
     "ngram_signatures",
     "p_norm_pool",
+    "pair_hinge",
+    "probabilities",
     "random_mask",
+    "real_amplitudes_circuit",
     "rebuild_",
     "replace_",
     "replace_parameter_",
     "restore_tokens",
+    "ry_circuit",
     "scale_gradient",
     "slice_linear",
     "structure_of",
     "transducer_loss",
     "vocabulary_of",
+    "welch_bound",
 ]
