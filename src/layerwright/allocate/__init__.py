@@ -15,6 +15,7 @@
 - `search_subnets`: sub-networks of a supernet for each size, by evolution.
 - `depth_width_plan`: over how many layers a number of heads is shared out.
 - `equal_parameter_shapes`, `equal_flops_shapes`, `Shape`, `shape_of`: depths and widths of one cost; `DepthWidthAllocator`, `compare_with_best`: which to take (Bamboo).
+- `linear_channels`, `stagewise_channels`, `fit_channels_to_budget`, `search_channels`: widths of a convolutional network by block, at a cost (ReXNet).
 """
 
 from __future__ import annotations
@@ -23,6 +24,14 @@ from collections.abc import Callable
 
 from layerwright.allocate.activation_strategy import fptq_strategy
 from layerwright.allocate.aspect import AspectCost, depth_width_plan
+from layerwright.allocate.channel_schedule import (
+    divisible,
+    fit_channels_to_budget,
+    linear_channels,
+    sloped_channels,
+    stagewise_channels,
+)
+from layerwright.allocate.channel_search import ChannelDesign, ChannelSpace, mean_profile, search_channels
 from layerwright.allocate.clustering import clusters
 from layerwright.allocate.depth_width import Comparison, DepthWidthAllocator, DepthWidthPlan, compare_with_best
 from layerwright.allocate.descent import greedy
@@ -47,6 +56,8 @@ __all__ = [
     "ALLOCATORS",
     "AspectCost",
     "BlockChoice",
+    "ChannelDesign",
+    "ChannelSpace",
     "Comparison",
     "DepthWidthAllocator",
     "DepthWidthPlan",
@@ -57,10 +68,12 @@ __all__ = [
     "clusters",
     "compare_with_best",
     "depth_width_plan",
+    "divisible",
     "equal_flops_shapes",
     "equal_parameter_shapes",
     "evolution",
     "filter_target",
+    "fit_channels_to_budget",
     "fptq_strategy",
     "global_rows",
     "greedy",
@@ -69,13 +82,18 @@ __all__ = [
     "integer",
     "keep_blocks",
     "lagrangian",
+    "linear_channels",
+    "mean_profile",
     "merge_ties",
     "minimum",
     "one_shot",
     "pareto",
     "proportional_widths",
+    "search_channels",
     "search_subnets",
     "shape_of",
+    "sloped_channels",
+    "stagewise_channels",
     "uniform",
     "width_schedule",
 ]

@@ -15,6 +15,8 @@
 - `Tacotron2`: text and speaker to a mel spectrum; `SpeakerClassifier`: who speaks (TDASS).
 - `MaskedAutoencoder`, `ImageEncoder`, `ImageClassifier`: masked image models of any shape; `masked_lm`, `bert_mask`: BERT of any shape (Bamboo).
 - `HybridQCNN`, `LandUseCNN`, `HierarchicalClassifier`: a quantum layer between convolutions and classifier.
+- `HybridQCNN`, `LandUseCNN`, `HierarchicalClassifier`: a quantum layer between convolutions and classifier.
+- `ReXNet`, `ReXNetLite`, `BottleneckNet`: inverted bottlenecks whose widths grow by equal steps.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ from layerwright.models.all_cnn import AllCNN
 from layerwright.models.aspect_encoder import AspectEncoder, llama_family
 from layerwright.models.aspect_report import aspect_flops, aspect_report
 from layerwright.models.backbone import Backbone, count_macs, load_official_
+from layerwright.models.bottleneck_net import BottleneckNet
 from layerwright.models.byte_seq2seq import ByteSeq2Seq
 from layerwright.models.densenet import DenseNetBC, deepen_dense_, widen_dense_, widen_transitions_
 from layerwright.models.hybrid_qcnn import HierarchicalClassifier, HybridQCNN, LandUseCNN
 from layerwright.models.masked_autoencoder import ImageClassifier, ImageEncoder, MaskedAutoencoder
 from layerwright.models.masked_lm import bert_mask, masked_lm, masked_lm_loss
 from layerwright.models.plain_cnn import PlainCNN
+from layerwright.models.rexnet import ReXNet, ReXNetLite
 from layerwright.models.rnnt import RNNT
 from layerwright.models.saved import from_spec, load_network, save_network
 from layerwright.models.speaker_classifier import SpeakerClassifier
@@ -43,6 +47,7 @@ __all__ = [
     "AllCNN",
     "AspectEncoder",
     "Backbone",
+    "BottleneckNet",
     "ByteSeq2Seq",
     "DenseNetBC",
     "HierarchicalClassifier",
@@ -52,6 +57,8 @@ __all__ = [
     "LandUseCNN",
     "MaskedAutoencoder",
     "PlainCNN",
+    "ReXNet",
+    "ReXNetLite",
     "SpeakerClassifier",
     "SurpriseDiscriminator",
     "Tacotron2",

@@ -29,6 +29,10 @@
 - `random_mask`, `RandomMask`, `keep_tokens`, `restore_tokens`, `mask_of`: tokens left out at random, and put back in order (Bamboo).
 - `EBVHead`, `generate_ebv`, `welch_bound`, `cached_ebv`: classes as fixed, nearly orthogonal vectors (EBV).
 - `QuantumLayer`, `Circuit`, `named_circuit`, `meyer_wallach`: small quantum circuits as layers, simulated in batches (hybrid QCNN).
+- `EBVHead`, `generate_ebv`, `welch_bound`, `cached_ebv`: classes as fixed, nearly orthogonal vectors (EBV).
+- `QuantumLayer`, `Circuit`, `named_circuit`, `meyer_wallach`: small quantum circuits as layers, simulated in batches (hybrid QCNN).
+- `LinearBottleneck`: an inverted bottleneck with a partial shortcut (ReXNet).
+- `token_significance`, `inverse_transform_sample`: what tokens count, and which are kept (ATS).
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ from layerwright.nn.factorized import FactorizedConv
 from layerwright.nn.factorized_embedding import FactorizedEmbedding
 from layerwright.nn.gradient_scale import ConditionalGradientReversal, SelfInterestedClassifier, gradient_scale
 from layerwright.nn.kv_memory import KVMemory
+from layerwright.nn.linear_bottleneck import LinearBottleneck, conv_norm
 from layerwright.nn.lora_experts import LoRAExperts
 from layerwright.nn.lora_mixture import ExpertUsage, LoRAMixture
 from layerwright.nn.low_rank import LowRankConv, LowRankLinear
@@ -95,6 +100,7 @@ from layerwright.nn.squeeze_excite import SqueezeExcite
 from layerwright.nn.state_space import DiagonalSSM, MultiHeadSSM
 from layerwright.nn.stored import Stored
 from layerwright.nn.subnet import SubnetConfig, SubnetSpace
+from layerwright.nn.token_sampler import inverse_transform_sample, token_significance
 from layerwright.nn.transducer import TransducerJoiner
 from layerwright.nn.transducer_loss import transducer_loss
 from layerwright.nn.w4a8 import W4A8Linear
@@ -127,6 +133,7 @@ __all__ = [
     "GlobalAvgHead",
     "InputQuantizer",
     "KVMemory",
+    "LinearBottleneck",
     "LoRAExperts",
     "LoRAMixture",
     "LowRankConv",
@@ -168,6 +175,7 @@ __all__ = [
     "bell_circuit",
     "cached_ebv",
     "circuit_state",
+    "conv_norm",
     "cross_batch_attention",
     "ebv_logits",
     "ebv_loss",
@@ -175,6 +183,7 @@ __all__ = [
     "generate_ebv",
     "gradient_scale",
     "ground_state",
+    "inverse_transform_sample",
     "keep_tokens",
     "mask_of",
     "measure_cosines",
@@ -195,6 +204,7 @@ __all__ = [
     "scale_gradient",
     "slice_linear",
     "structure_of",
+    "token_significance",
     "transducer_loss",
     "vocabulary_of",
     "welch_bound",

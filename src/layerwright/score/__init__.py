@@ -33,6 +33,7 @@ from layerwright.score.options import (
     weight_error,
 )
 from layerwright.score.output_rows import output_row_loss
+from layerwright.score.rank_ratio import RankReport, rank_ratio, score_layers_rank
 from layerwright.score.smoothing import (
     frequency_profile,
     hc_ratio,
@@ -49,6 +50,7 @@ __all__ = [
     "SCORERS",
     "FinetuningProfile",
     "InputStatistics",
+    "RankReport",
     "Scorer",
     "Subject",
     "TreatWeights",
@@ -78,7 +80,9 @@ __all__ = [
     "output_row_loss",
     "pairwise_cosine",
     "profile_model",
+    "rank_ratio",
     "residual_variance",
+    "score_layers_rank",
     "second_order",
     "similarity",
     "smoothing_rate",
