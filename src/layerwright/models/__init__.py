@@ -17,6 +17,9 @@
 - `HybridQCNN`, `LandUseCNN`, `HierarchicalClassifier`: a quantum layer between convolutions and classifier.
 - `HybridQCNN`, `LandUseCNN`, `HierarchicalClassifier`: a quantum layer between convolutions and classifier.
 - `ReXNet`, `ReXNetLite`, `BottleneckNet`: inverted bottlenecks whose widths grow by equal steps.
+- `HybridQCNN`, `LandUseCNN`, `HierarchicalClassifier`: a quantum layer between convolutions and classifier.
+- `FInCFlow`: a Glow-like flow with invertible k x k convolutions.
+- `SwiftFormer`: additive attention in every stage; `fuse_for_inference` folds norms and scales.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from layerwright.models.backbone import Backbone, count_macs, load_official_
 from layerwright.models.bottleneck_net import BottleneckNet
 from layerwright.models.byte_seq2seq import ByteSeq2Seq
 from layerwright.models.densenet import DenseNetBC, deepen_dense_, widen_dense_, widen_transitions_
+from layerwright.models.finc_flow import FInCFlow, FlowStep
 from layerwright.models.hybrid_qcnn import HierarchicalClassifier, HybridQCNN, LandUseCNN
 from layerwright.models.masked_autoencoder import ImageClassifier, ImageEncoder, MaskedAutoencoder
 from layerwright.models.masked_lm import bert_mask, masked_lm, masked_lm_loss
@@ -37,6 +41,7 @@ from layerwright.models.rexnet import ReXNet, ReXNetLite
 from layerwright.models.rnnt import RNNT
 from layerwright.models.saved import from_spec, load_network, save_network
 from layerwright.models.speaker_classifier import SpeakerClassifier
+from layerwright.models.swiftformer import SwiftFormer, fuse_for_inference
 from layerwright.models.tacotron2 import Tacotron2, TacotronConfig, TacotronOutput, TacotronSpeech
 from layerwright.models.text_gan import SurpriseDiscriminator, TextGenerator
 from layerwright.models.tiny_vlm import TinyVLM, image_projector, merge_image_features
@@ -50,6 +55,8 @@ __all__ = [
     "BottleneckNet",
     "ByteSeq2Seq",
     "DenseNetBC",
+    "FInCFlow",
+    "FlowStep",
     "HierarchicalClassifier",
     "HybridQCNN",
     "ImageClassifier",
@@ -61,6 +68,7 @@ __all__ = [
     "ReXNetLite",
     "SpeakerClassifier",
     "SurpriseDiscriminator",
+    "SwiftFormer",
     "Tacotron2",
     "TacotronConfig",
     "TacotronOutput",
@@ -73,6 +81,7 @@ __all__ = [
     "count_macs",
     "deepen_dense_",
     "from_spec",
+    "fuse_for_inference",
     "image_projector",
     "llama_family",
     "load_network",

@@ -33,6 +33,10 @@
 - `QuantumLayer`, `Circuit`, `named_circuit`, `meyer_wallach`: small quantum circuits as layers, simulated in batches (hybrid QCNN).
 - `LinearBottleneck`: an inverted bottleneck with a partial shortcut (ReXNet).
 - `token_significance`, `inverse_transform_sample`: what tokens count, and which are kept (ATS).
+- `EBVHead`, `generate_ebv`, `welch_bound`, `cached_ebv`: classes as fixed, nearly orthogonal vectors (EBV).
+- `QuantumLayer`, `Circuit`, `named_circuit`, `meyer_wallach`: small quantum circuits as layers, simulated in batches (hybrid QCNN).
+- `PaddedInvertibleConv2d`, `FInCConv`: k x k convolutions of determinant 1, inverted by anti-diagonals; `ActNorm2d`, `AffineCoupling` and the like: layers of a flow (FInC Flow).
+- `EfficientAdditiveAttention`, `ConvEncoder`, `SwiftFormerEncoder`: global context at a cost linear in the tokens (SwiftFormer).
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ from __future__ import annotations
 from layerwright.nn.activation import ActivationQuantizer, InputQuantizer
 from layerwright.nn.adaptive import AdaptiveComputationModule
 from layerwright.nn.adaptive_span import AdaptiveSpan
+from layerwright.nn.additive_attention import EfficientAdditiveAttention
 from layerwright.nn.all_attention import AllAttention, PersistentMemory
 from layerwright.nn.attention_products import AttentionProducts
 from layerwright.nn.channel_norm import ChannelNorm
@@ -55,7 +60,16 @@ from layerwright.nn.exit_head import ExitHead
 from layerwright.nn.experts import LowRankStack, PackedStack, SparseStack, replace_parameter_
 from layerwright.nn.factorized import FactorizedConv
 from layerwright.nn.factorized_embedding import FactorizedEmbedding
+from layerwright.nn.flow_layers import (
+    ActNorm2d,
+    AffineCoupling,
+    InvertibleConv1x1,
+    NotInitialisedError,
+    SplitPrior,
+    Squeeze2d,
+)
 from layerwright.nn.gradient_scale import ConditionalGradientReversal, SelfInterestedClassifier, gradient_scale
+from layerwright.nn.invertible_conv import FInCConv, PaddedInvertibleConv2d, ResidualError
 from layerwright.nn.kv_memory import KVMemory
 from layerwright.nn.linear_bottleneck import LinearBottleneck, conv_norm
 from layerwright.nn.lora_experts import LoRAExperts
@@ -100,6 +114,7 @@ from layerwright.nn.squeeze_excite import SqueezeExcite
 from layerwright.nn.state_space import DiagonalSSM, MultiHeadSSM
 from layerwright.nn.stored import Stored
 from layerwright.nn.subnet import SubnetConfig, SubnetSpace
+from layerwright.nn.swiftformer_blocks import ChannelScale, ConvEncoder, SwiftFormerEncoder
 from layerwright.nn.token_sampler import inverse_transform_sample, token_significance
 from layerwright.nn.transducer import TransducerJoiner
 from layerwright.nn.transducer_loss import transducer_loss
@@ -109,29 +124,36 @@ from layerwright.nn.wide_attention import WideAttention
 __all__ = [
     "CIRCUITS",
     "PEER",
+    "ActNorm2d",
     "ActivationQuantizer",
     "AdaptiveComputationModule",
     "AdaptiveSpan",
+    "AffineCoupling",
     "AllAttention",
     "AttentionProducts",
     "ChannelNorm",
+    "ChannelScale",
     "Circuit",
     "ConditionalGradientReversal",
+    "ConvEncoder",
     "CosineHead",
     "DiagonalSSM",
     "DistilledHead",
     "DropPath",
     "EBVHead",
     "EBVResult",
+    "EfficientAdditiveAttention",
     "ElasticFFN",
     "ElasticLinear",
     "ElasticStack",
     "ExitHead",
     "ExpertUsage",
+    "FInCConv",
     "FactorizedConv",
     "FactorizedEmbedding",
     "GlobalAvgHead",
     "InputQuantizer",
+    "InvertibleConv1x1",
     "KVMemory",
     "LinearBottleneck",
     "LoRAExperts",
@@ -145,9 +167,11 @@ __all__ = [
     "MultiHeadSSM",
     "NGramHashEmbedding",
     "NormScale",
+    "NotInitialisedError",
     "OneHotEmbedding",
     "OneHotHead",
     "PackedStack",
+    "PaddedInvertibleConv2d",
     "PersistentMemory",
     "ProductKeyRouter",
     "QuantConv",
@@ -156,15 +180,19 @@ __all__ = [
     "QuantumLayer",
     "RandomMask",
     "ResidualBlock",
+    "ResidualError",
     "SelfInterestedClassifier",
     "SequenceCore",
     "SparseConv",
     "SparseLinear",
     "SparseStack",
+    "SplitPrior",
+    "Squeeze2d",
     "SqueezeExcite",
     "Stored",
     "SubnetConfig",
     "SubnetSpace",
+    "SwiftFormerEncoder",
     "TokenDropout",
     "TransducerJoiner",
     "W4A8Linear",
