@@ -16,6 +16,7 @@
 - `depth_width_plan`: over how many layers a number of heads is shared out.
 - `equal_parameter_shapes`, `equal_flops_shapes`, `Shape`, `shape_of`: depths and widths of one cost; `DepthWidthAllocator`, `compare_with_best`: which to take (Bamboo).
 - `linear_channels`, `stagewise_channels`, `fit_channels_to_budget`, `search_channels`: widths of a convolutional network by block, at a cost (ReXNet).
+- `optimal_mixer_sizes`, `mixer_connections`, `effective_width`: tokens and channels of a mixing layer.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from layerwright.allocate.frontier import pareto
 from layerwright.allocate.global_rows import global_rows
 from layerwright.allocate.greedy_blocks import BlockChoice, greedy_blocks
 from layerwright.allocate.measured_descent import greedy_descent
+from layerwright.allocate.mixer_sizes import effective_width, mixer_connections, optimal_mixer_sizes
 from layerwright.allocate.multipliers import lagrangian
 from layerwright.allocate.population import evolution
 from layerwright.allocate.problem import minimum
@@ -69,6 +71,7 @@ __all__ = [
     "compare_with_best",
     "depth_width_plan",
     "divisible",
+    "effective_width",
     "equal_flops_shapes",
     "equal_parameter_shapes",
     "evolution",
@@ -86,7 +89,9 @@ __all__ = [
     "mean_profile",
     "merge_ties",
     "minimum",
+    "mixer_connections",
     "one_shot",
+    "optimal_mixer_sizes",
     "pareto",
     "proportional_widths",
     "search_channels",

@@ -10,12 +10,14 @@
 - `GuidedBackprop`: what raises a unit, by guided backpropagation, deconvnet or gradient; `randomization_check` of such maps.
 - `text_diversity`, `self_bleu`, `corpus_bleu`, `collapse_reason`: how good and how varied generated sentences are (SADPGAN).
 - `mel_cepstral_distortion`, `speaker_similarity`, `diagonal_attention`: how near speech is to the true one (TDASS).
+- `linear_cka`: how alike two sets of features are.
 """
 
 from __future__ import annotations
 
 from layerwright.explain.expert_usage import UsageTable, expert_usage
 from layerwright.explain.guided_backprop import GuidedBackprop, randomization_check
+from layerwright.explain.linear_cka import linear_cka
 from layerwright.explain.positive_mass import positive_attention_mass
 from layerwright.explain.retrieved_experts import RetrievedExperts, retrieved_experts
 from layerwright.explain.scale_landscape import Landscape, roughness, scale_landscape
@@ -59,6 +61,7 @@ __all__ = [
     "diagonal_attention",
     "diversity_against",
     "expert_usage",
+    "linear_cka",
     "lrp",
     "lrp_add",
     "lrp_contribution",

@@ -20,6 +20,8 @@
 - `HybridQCNN`, `LandUseCNN`, `HierarchicalClassifier`: a quantum layer between convolutions and classifier.
 - `FInCFlow`: a Glow-like flow with invertible k x k convolutions.
 - `SwiftFormer`: additive attention in every stage; `fuse_for_inference` folds norms and scales.
+- `HybridQCNN`, `LandUseCNN`, `HierarchicalClassifier`: a quantum layer between convolutions and classifier.
+- `MLPMixer`: patches mixed along tokens and channels.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from layerwright.models.finc_flow import FInCFlow, FlowStep
 from layerwright.models.hybrid_qcnn import HierarchicalClassifier, HybridQCNN, LandUseCNN
 from layerwright.models.masked_autoencoder import ImageClassifier, ImageEncoder, MaskedAutoencoder
 from layerwright.models.masked_lm import bert_mask, masked_lm, masked_lm_loss
+from layerwright.models.mlp_mixer import MLPMixer
 from layerwright.models.plain_cnn import PlainCNN
 from layerwright.models.rexnet import ReXNet, ReXNetLite
 from layerwright.models.rnnt import RNNT
@@ -62,6 +65,7 @@ __all__ = [
     "ImageClassifier",
     "ImageEncoder",
     "LandUseCNN",
+    "MLPMixer",
     "MaskedAutoencoder",
     "PlainCNN",
     "ReXNet",

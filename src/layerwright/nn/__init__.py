@@ -37,6 +37,9 @@
 - `QuantumLayer`, `Circuit`, `named_circuit`, `meyer_wallach`: small quantum circuits as layers, simulated in batches (hybrid QCNN).
 - `PaddedInvertibleConv2d`, `FInCConv`: k x k convolutions of determinant 1, inverted by anti-diagonals; `ActNorm2d`, `AffineCoupling` and the like: layers of a flow (FInC Flow).
 - `EfficientAdditiveAttention`, `ConvEncoder`, `SwiftFormerEncoder`: global context at a cost linear in the tokens (SwiftFormer).
+- `EBVHead`, `generate_ebv`, `welch_bound`, `cached_ebv`: classes as fixed, nearly orthogonal vectors (EBV).
+- `QuantumLayer`, `Circuit`, `named_circuit`, `meyer_wallach`: small quantum circuits as layers, simulated in batches (hybrid QCNN).
+- `PKLayer`, `ShallowMixer`, `SparseWeightMLP`, `MixerBlock`: one small matrix for many blocks of features, between permutations (PK mixer).
 """
 
 from __future__ import annotations
@@ -77,11 +80,13 @@ from layerwright.nn.lora_mixture import ExpertUsage, LoRAMixture
 from layerwright.nn.low_rank import LowRankConv, LowRankLinear
 from layerwright.nn.memory_attention import MemoryAttention
 from layerwright.nn.mixed_rows import MixedRowLinear
+from layerwright.nn.mixer_block import MixerBlock
 from layerwright.nn.ngram_embedding import NGramHashEmbedding, ngram_signatures, vocabulary_of
 from layerwright.nn.norm_scale import NormScale
 from layerwright.nn.one_hot import OneHotEmbedding, OneHotHead, TokenDropout
 from layerwright.nn.p_norm_pool import p_norm_pool
 from layerwright.nn.peer import PEER
+from layerwright.nn.pk_layer import PKLayer, ShallowMixer, SparseWeightMLP
 from layerwright.nn.product_keys import ProductKeyRouter
 from layerwright.nn.quantized import QuantConv, QuantEmbedding, QuantLinear
 from layerwright.nn.quantum_circuit import (
@@ -163,6 +168,7 @@ __all__ = [
     "LowRankStack",
     "MemoryAttention",
     "MixedRowLinear",
+    "MixerBlock",
     "MultiExit",
     "MultiHeadSSM",
     "NGramHashEmbedding",
@@ -170,6 +176,7 @@ __all__ = [
     "NotInitialisedError",
     "OneHotEmbedding",
     "OneHotHead",
+    "PKLayer",
     "PackedStack",
     "PaddedInvertibleConv2d",
     "PersistentMemory",
@@ -183,9 +190,11 @@ __all__ = [
     "ResidualError",
     "SelfInterestedClassifier",
     "SequenceCore",
+    "ShallowMixer",
     "SparseConv",
     "SparseLinear",
     "SparseStack",
+    "SparseWeightMLP",
     "SplitPrior",
     "Squeeze2d",
     "SqueezeExcite",

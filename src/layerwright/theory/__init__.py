@@ -2,15 +2,22 @@
 
 - `scaling`: losses of a bigger run from a user's own small ones: laws, fits with intervals, compute-optimal choices.
 - `expected_rank`: what rank random layers give, by width and activation (ReXNet).
+- `kron_token`, `kron_channel`, `commutation_indices`, `to_dense_mlp`, `balanced_norm`: mixing layers as Kronecker products.
 """
 
 from __future__ import annotations
 
 from layerwright.theory import scaling
 from layerwright.theory.expected_rank import ExpectedRank, expected_rank
+from layerwright.theory.kronecker import balanced_norm, commutation_indices, kron_channel, kron_token, to_dense_mlp
 
 __all__ = [
     "ExpectedRank",
+    "balanced_norm",
+    "commutation_indices",
     "expected_rank",
+    "kron_channel",
+    "kron_token",
     "scaling",
+    "to_dense_mlp",
 ]
