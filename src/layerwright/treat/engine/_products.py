@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from layerwright.core.errors import unknown_name
+from layerwright.core.errors import InputError, unknown_name
 from layerwright.nn.kernels import Int4Weight, Int8Weight
 
 __all__ = [
@@ -197,11 +197,20 @@ def dense(weight: Tensor, bias: Tensor | None, layout: Layout, expected_rows: in
         bias: ``(rows,)`` or None.
         layout: see `compile_inference`.
         expected_rows: sequences that decode together.
+
+    Raises:
+        InputError: an unknown layout, or ``packed`` where there is no such product.
     """
     if layout not in get_args(Layout):
         raise unknown_name("layout", str(layout), get_args(Layout))
     if layout == "plain" or (layout == "auto" and not worth_packing(weight, expected_rows)):
         return DenseProduct(weight, bias)
+    if not can_pack(weight):
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise InputError(
+            f"layout: 'packed' is not to be had for {kind} on this {weight.device.type}: oneDNN does not multiply it here "
+            "(bfloat16 takes a CPU with AVX-512); use 'auto' or 'plain'"
+        )
     return PackedProduct(weight, bias, expected_rows)
 
 
