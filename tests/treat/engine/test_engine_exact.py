@@ -50,7 +50,7 @@ def test_bfloat16_is_as_near_to_float32_as_transformers(name: str, layout: Any) 
     model = decoder(name)
     half = copy.deepcopy(model).to(torch.bfloat16)
     if layout == "packed" and not can_pack(torch.empty(1, 1, dtype=torch.bfloat16)):
-        with pytest.raises(InputError, match="layout: 'packed'.*bfloat16"):
+        with pytest.raises(InputError, match=r"layout: 'packed'.*bfloat16"):
             compile_inference(half, max_batch=4, max_length=24, layout=layout)
         return
     exact = copy.deepcopy(half).float()
