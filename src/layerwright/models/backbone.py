@@ -131,7 +131,7 @@ def load_official_(
     """Copy the weights of an official checkpoint into `model`, in place; all of them or none.
 
     Args:
-        state: names and tensors, as ``torch.load(..., weights_only=True)`` or safetensors give them.
+        state: names and tensors, such as safetensors give; nothing here opens a file.
         rules: for `translate_keys`, from the official names to the model's.
         ignored: regular expression for official names that have no place here.
         reshape: ``reshape(name, tensor)``, for tensors that are stored in another shape.

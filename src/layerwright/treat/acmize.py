@@ -255,15 +255,10 @@ def _put_in_(model: nn.Module, site: Site, module: AdaptiveComputationModule) ->
     old = model.get_submodule(site.path)
     like = model.get_submodule(site.layers[-1]).weight
     assert isinstance(like, Tensor)
-    _put_module_(model, site.path, module.to(device=like.device, dtype=like.dtype).train(old.training))
+    model.set_submodule(site.path, module.to(device=like.device, dtype=like.dtype).train(old.training))
     for number, path in enumerate(site.passed):
         passing = PassOn("" if number else site.path)
-        _put_module_(model, path, passing.train(old.training))
-
-
-def _put_module_(model: nn.Module, path: str, module: nn.Module) -> None:
-    owner, _, name = path.rpartition(".")
-    setattr(model.get_submodule(owner), name, module)
+        model.set_submodule(path, passing.train(old.training))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwright.core.calibration import as_calibration, evaluating
+from layerwright.core.capture import watch_outputs
 from layerwright.core.errors import InputError, unknown_name
 from layerwright.core.layers import structure_copy
 
@@ -74,7 +75,7 @@ def replace_pooling(
         old: Any = copy.get_submodule(pool.name)
         if kind == "conv":
             new: nn.Module = _convolution(old, pool.inputs[1], model, init, draw)
-            _put(copy, pool.name, nn.Sequential(new, nn.ReLU()) if activation else new)
+            copy.set_submodule(pool.name, nn.Sequential(new, nn.ReLU()) if activation else new)
         else:
             _stride(copy, pool)
     return copy
@@ -89,30 +90,20 @@ def _fits(module: nn.Module) -> bool:
 def _run(model: nn.Module, data: Any, names: Sequence[str]) -> list[_Pool]:
     """Run one batch and see each pool."""
     seen: dict[str, _Pool] = {}
-    last: list[tuple[str, tuple[int, ...]]] = []
+    last: tuple[str, tuple[int, ...]] = ("", ())
 
-    def convolved(path: str) -> Any:
-        return lambda _module, _args, output: last.append((path, tuple(output.shape)))
+    def see(path: str, args: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal last
+        if path not in names:
+            last = path, tuple(output.shape)
+            return
+        taken = tuple(args[0].shape)
+        seen[path] = _Pool(path, taken, tuple(output.shape), last[0] if last[1] == taken else None)
 
-    def pooled(path: str) -> Any:
-        def see(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            before = last[-1][0] if last and last[-1][1] == tuple(args[0].shape) else None
-            seen[path] = _Pool(path, tuple(args[0].shape), tuple(output.shape), before)
-
-        return see
-
-    handles = [
-        module.register_forward_hook(pooled(path) if path in names else convolved(path))
-        for path, module in model.named_modules()
-        if path in names or isinstance(module, nn.Conv2d)
-    ]
+    paths = [path for path, module in model.named_modules() if path in names or isinstance(module, nn.Conv2d)]
     batches = as_calibration(data)
-    try:
-        with torch.no_grad(), evaluating(model):
-            batches.forward(model, next(iter(batches)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), evaluating(model), watch_outputs(model, paths, see):
+        batches.forward(model, next(iter(batches)))
     if missing := [name for name in names if name not in seen]:
         raise InputError(f"names: {missing[0]} does not run when the data passes")
     return [seen[name] for name in names]
@@ -155,10 +146,5 @@ def _stride(copy: nn.Module, pool: _Pool) -> None:
         old.dilation, old.groups, old.bias is not None, old.padding_mode, device="meta",
     )  # fmt: skip
     new.weight, new.bias = old.weight, old.bias
-    _put(copy, pool.before, new)
-    _put(copy, pool.name, nn.Identity())
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    owner, _, name = path.rpartition(".")
-    setattr(model.get_submodule(owner), name, module)
+    copy.set_submodule(pool.before, new)
+    copy.set_submodule(pool.name, nn.Identity())

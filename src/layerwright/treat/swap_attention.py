@@ -86,8 +86,7 @@ def swap_attention(
         if like is not None:
             new.to(device=like.device, dtype=like.dtype)
         new.train(old.training)
-        owner, _, last = path.rpartition(".")
-        setattr(result.get_submodule(owner), last, new)
+        result.set_submodule(path, new)
     return result
 
 

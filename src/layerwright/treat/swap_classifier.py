@@ -53,8 +53,7 @@ def swap_classifier(
     if not name:
         return head
     result = structure_copy(model) if copy else model
-    owner, _, last = name.rpartition(".")
-    setattr(result.get_submodule(owner), last, head)
+    result.set_submodule(name, head)
     return result
 
 

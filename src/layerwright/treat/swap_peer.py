@@ -67,9 +67,9 @@ def swap_peer(
         like = result.get_submodule(site.layers[-1]).weight
         assert isinstance(like, Tensor)
         layer = made[site.path].to(device=like.device, dtype=like.dtype)
-        _put_(result, site.path, layer.train(old.training))
+        result.set_submodule(site.path, layer.train(old.training))
         for number, path in enumerate(site.passed):
-            _put_(result, path, PassOn("" if number else site.path).train(old.training))
+            result.set_submodule(path, PassOn("" if number else site.path).train(old.training))
     find_peers(result)
     return result, tuple(made)
 
@@ -108,8 +108,3 @@ def _sites_in(model: nn.Module, blocks: Sequence[str]) -> list[Site]:
             raise TypeError(f"blocks: {block} has {len(own)} feed-forward parts that can be replaced, expected one")
         found += own
     return found
-
-
-def _put_(model: nn.Module, path: str, module: nn.Module) -> None:
-    owner, _, name = path.rpartition(".")
-    setattr(model.get_submodule(owner), name, module)
