@@ -137,6 +137,8 @@ def test_operations() -> None:
         ({"layers": []}, "layers"),
         ({"layers": [-1]}, "layers"),
         ({"mode": "top"}, "mode"),
+        ({"special": 2}, "special: unknown"),
+        ({"tokens": 2}, "tokens: unknown"),
     ],
 )
 def test_bad_settings_are_named(options: dict[str, Any], message: str) -> None:

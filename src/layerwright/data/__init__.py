@@ -1,4 +1,7 @@
-"""Data: the demo models and their data, the standard library's text, and loading of models by name."""
+"""Data: the demo models and their data, the standard library's text, and loading of models by name.
+
+- `warp_pairs`: pairs of pictures under a known map, with points and where they go.
+"""
 
 from layerwright.data.byte_codec import ByteCodec
 from layerwright.data.byte_windows import byte_parts, even_windows, random_windows
@@ -17,6 +20,7 @@ from layerwright.data.source_filter import SourceFilterVoice, source_filter_corp
 from layerwright.data.speech import generated_speech, small_speech
 from layerwright.data.spoken import SpeechBatch, Utterance, speech_batches, text_ids
 from layerwright.data.stdlib import stdlib_text
+from layerwright.data.warp_pairs import Warp, WarpPairs, warp_pairs, warp_sources
 from layerwright.data.word_vocabulary import WordVocabulary, split_sentences
 
 __all__ = [
@@ -32,6 +36,8 @@ __all__ = [
     "SourceFilterVoice",
     "SpeechBatch",
     "Utterance",
+    "Warp",
+    "WarpPairs",
     "WordVocabulary",
     "byte_parts",
     "demo_data",
@@ -59,4 +65,6 @@ __all__ = [
     "stdlib_text",
     "stratified_folds",
     "text_ids",
+    "warp_pairs",
+    "warp_sources",
 ]

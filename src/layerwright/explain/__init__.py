@@ -11,14 +11,18 @@
 - `text_diversity`, `self_bleu`, `corpus_bleu`, `collapse_reason`: how good and how varied generated sentences are (SADPGAN).
 - `mel_cepstral_distortion`, `speaker_similarity`, `diagonal_attention`: how near speech is to the true one (TDASS).
 - `linear_cka`: how alike two sets of features are.
+- `receptive_field`: which input positions an output position depends on, by gradient.
+- `aggregation_maps`: where a network that pools by attention looks.
 """
 
 from __future__ import annotations
 
+from layerwright.explain.aggregation_map import aggregation_maps
 from layerwright.explain.expert_usage import UsageTable, expert_usage
 from layerwright.explain.guided_backprop import GuidedBackprop, randomization_check
 from layerwright.explain.linear_cka import linear_cka
 from layerwright.explain.positive_mass import positive_attention_mass
+from layerwright.explain.receptive_field import receptive_field
 from layerwright.explain.retrieved_experts import RetrievedExperts, retrieved_experts
 from layerwright.explain.scale_landscape import Landscape, roughness, scale_landscape
 from layerwright.explain.speech_distance import (
@@ -56,6 +60,7 @@ __all__ = [
     "Relevance",
     "RetrievedExperts",
     "UsageTable",
+    "aggregation_maps",
     "collapse_reason",
     "corpus_bleu",
     "diagonal_attention",
@@ -74,6 +79,7 @@ __all__ = [
     "mel_cepstral_distortion",
     "positive_attention_mass",
     "randomization_check",
+    "receptive_field",
     "retrieved_experts",
     "reverse_nll",
     "roughness",

@@ -15,13 +15,14 @@
 - `Tacotron2`: text and speaker to a mel spectrum; `SpeakerClassifier`: who speaks (TDASS).
 - `MaskedAutoencoder`, `ImageEncoder`, `ImageClassifier`: masked image models of any shape; `masked_lm`, `bert_mask`: BERT of any shape (Bamboo).
 - `HybridQCNN`, `LandUseCNN`, `HierarchicalClassifier`: a quantum layer between convolutions and classifier.
-- `HybridQCNN`, `LandUseCNN`, `HierarchicalClassifier`: a quantum layer between convolutions and classifier.
 - `ReXNet`, `ReXNetLite`, `BottleneckNet`: inverted bottlenecks whose widths grow by equal steps.
-- `HybridQCNN`, `LandUseCNN`, `HierarchicalClassifier`: a quantum layer between convolutions and classifier.
 - `FInCFlow`: a Glow-like flow with invertible k x k convolutions.
 - `SwiftFormer`: additive attention in every stage; `fuse_for_inference` folds norms and scales.
-- `HybridQCNN`, `LandUseCNN`, `HierarchicalClassifier`: a quantum layer between convolutions and classifier.
 - `MLPMixer`: patches mixed along tokens and channels.
+- `CSWinTransformer`: cross-shaped windows whose stripes widen with depth.
+- `PatchConvNet`: convolutions at one size and width, gathered by attention.
+- `SpiralMLP`: mixing of positions along a spiral; `load_spiralmlp_`: the authors' weights with their offsets.
+- `CHMNet`: matches of two pictures by voting; `transfer_keypoints`, `pck`: points carried over, and how many arrive.
 """
 
 from __future__ import annotations
@@ -33,17 +34,22 @@ from layerwright.models.aspect_report import aspect_flops, aspect_report
 from layerwright.models.backbone import Backbone, count_macs, load_official_
 from layerwright.models.bottleneck_net import BottleneckNet
 from layerwright.models.byte_seq2seq import ByteSeq2Seq
+from layerwright.models.chmnet import CHMNet
+from layerwright.models.cswin import CSWinTransformer
 from layerwright.models.densenet import DenseNetBC, deepen_dense_, widen_dense_, widen_transitions_
 from layerwright.models.finc_flow import FInCFlow, FlowStep
 from layerwright.models.hybrid_qcnn import HierarchicalClassifier, HybridQCNN, LandUseCNN
+from layerwright.models.keypoint_transfer import normalize_points, pck, pixel_points, transfer_keypoints, transfer_loss
 from layerwright.models.masked_autoencoder import ImageClassifier, ImageEncoder, MaskedAutoencoder
 from layerwright.models.masked_lm import bert_mask, masked_lm, masked_lm_loss
 from layerwright.models.mlp_mixer import MLPMixer
+from layerwright.models.patchconvnet import PatchConvNet
 from layerwright.models.plain_cnn import PlainCNN
 from layerwright.models.rexnet import ReXNet, ReXNetLite
 from layerwright.models.rnnt import RNNT
 from layerwright.models.saved import from_spec, load_network, save_network
 from layerwright.models.speaker_classifier import SpeakerClassifier
+from layerwright.models.spiralmlp import SpiralMLP, load_spiralmlp_
 from layerwright.models.swiftformer import SwiftFormer, fuse_for_inference
 from layerwright.models.tacotron2 import Tacotron2, TacotronConfig, TacotronOutput, TacotronSpeech
 from layerwright.models.text_gan import SurpriseDiscriminator, TextGenerator
@@ -57,6 +63,8 @@ __all__ = [
     "Backbone",
     "BottleneckNet",
     "ByteSeq2Seq",
+    "CHMNet",
+    "CSWinTransformer",
     "DenseNetBC",
     "FInCFlow",
     "FlowStep",
@@ -67,10 +75,12 @@ __all__ = [
     "LandUseCNN",
     "MLPMixer",
     "MaskedAutoencoder",
+    "PatchConvNet",
     "PlainCNN",
     "ReXNet",
     "ReXNetLite",
     "SpeakerClassifier",
+    "SpiralMLP",
     "SurpriseDiscriminator",
     "SwiftFormer",
     "Tacotron2",
@@ -90,10 +100,16 @@ __all__ = [
     "llama_family",
     "load_network",
     "load_official_",
+    "load_spiralmlp_",
     "masked_lm",
     "masked_lm_loss",
     "merge_image_features",
+    "normalize_points",
+    "pck",
+    "pixel_points",
     "save_network",
+    "transfer_keypoints",
+    "transfer_loss",
     "widen_dense_",
     "widen_transitions_",
 ]

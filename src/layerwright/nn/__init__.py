@@ -40,6 +40,13 @@
 - `EBVHead`, `generate_ebv`, `welch_bound`, `cached_ebv`: classes as fixed, nearly orthogonal vectors (EBV).
 - `QuantumLayer`, `Circuit`, `named_circuit`, `meyer_wallach`: small quantum circuits as layers, simulated in batches (hybrid QCNN).
 - `PKLayer`, `ShallowMixer`, `SparseWeightMLP`, `MixerBlock`: one small matrix for many blocks of features, between permutations (PK mixer).
+- `CrossShapedWindowAttention`, `LePE`, `CSWinBlock`: attention in vertical and horizontal stripes side by side.
+- `LearnedAggregation`, `ClassAttentionHead`: pooling by attention; `PatchConvBlock`: the block of PatchConvNet.
+- `AdaptiveTokenSampler`, `ATSBlock`: attention and block that hand on the tokens that count; `TokenSampling`: how they choose.
+- `SpiralFC`, `SpiralMixing`, `SpiralBlock`: a linear layer that reads every channel at its own place on a spiral.
+- `RelPosPatchAttention`, `conv_to_attention`: attention over patches that is a given convolution; `to_patches`, `from_patches`, `PatchConv`.
+- `CHM4d`, `CHM6d`, `CenterPivotConv4d`: votes among the matches of two maps; `chm_groups`: which kernel entries are one weight.
+- `correlation_4d`, `correlation_6d`, `interpolate_4d`, `mutual_nn_filter`: matches of two maps; `GradientHistograms`: features without training.
 """
 
 from __future__ import annotations
@@ -47,12 +54,17 @@ from __future__ import annotations
 from layerwright.nn.activation import ActivationQuantizer, InputQuantizer
 from layerwright.nn.adaptive import AdaptiveComputationModule
 from layerwright.nn.adaptive_span import AdaptiveSpan
+from layerwright.nn.adaptive_token_attention import AdaptiveTokenSampler, ATSBlock, TokenSampling
 from layerwright.nn.additive_attention import EfficientAdditiveAttention
 from layerwright.nn.all_attention import AllAttention, PersistentMemory
 from layerwright.nn.attention_products import AttentionProducts
 from layerwright.nn.channel_norm import ChannelNorm
 from layerwright.nn.classifier_heads import CosineHead, DistilledHead, GlobalAvgHead
+from layerwright.nn.conv_as_attention import conv_to_attention, patch_conv_blocks
+from layerwright.nn.correlation import correlation_4d, correlation_6d, interpolate_4d, mutual_nn_filter
 from layerwright.nn.cross_batch import cross_batch_attention
+from layerwright.nn.cross_shaped_window import CrossShapedWindowAttention, LePE, window_attention
+from layerwright.nn.cswin_block import CSWinBlock
 from layerwright.nn.drop_path import DropPath
 from layerwright.nn.ebv_head import EBVHead, ebv_logits, ebv_loss
 from layerwright.nn.elastic import ElasticFFN, ElasticLinear, ElasticStack
@@ -71,9 +83,13 @@ from layerwright.nn.flow_layers import (
     SplitPrior,
     Squeeze2d,
 )
+from layerwright.nn.gradient_histograms import GradientHistograms
 from layerwright.nn.gradient_scale import ConditionalGradientReversal, SelfInterestedClassifier, gradient_scale
+from layerwright.nn.hough_groups import chm_groups
+from layerwright.nn.hough_matching import CenterPivotConv4d, CHM4d, CHM6d
 from layerwright.nn.invertible_conv import FInCConv, PaddedInvertibleConv2d, ResidualError
 from layerwright.nn.kv_memory import KVMemory
+from layerwright.nn.learned_aggregation import ClassAttentionHead, LearnedAggregation
 from layerwright.nn.linear_bottleneck import LinearBottleneck, conv_norm
 from layerwright.nn.lora_experts import LoRAExperts
 from layerwright.nn.lora_mixture import ExpertUsage, LoRAMixture
@@ -85,6 +101,8 @@ from layerwright.nn.ngram_embedding import NGramHashEmbedding, ngram_signatures,
 from layerwright.nn.norm_scale import NormScale
 from layerwright.nn.one_hot import OneHotEmbedding, OneHotHead, TokenDropout
 from layerwright.nn.p_norm_pool import p_norm_pool
+from layerwright.nn.patch_conv_block import PatchConvBlock
+from layerwright.nn.patches import PatchConv, from_patches, to_patches
 from layerwright.nn.peer import PEER
 from layerwright.nn.pk_layer import PKLayer, ShallowMixer, SparseWeightMLP
 from layerwright.nn.product_keys import ProductKeyRouter
@@ -109,12 +127,14 @@ from layerwright.nn.quantum_gates import (
 from layerwright.nn.quantum_layer import QuantumLayer
 from layerwright.nn.quantum_state import circuit_state
 from layerwright.nn.random_mask import RandomMask, keep_tokens, mask_of, random_mask, restore_tokens
+from layerwright.nn.rel_pos_patch_attention import RelPosPatchAttention
 from layerwright.nn.replace import module_from_spec, rebuild_, replace_, structure_of
 from layerwright.nn.residual_block import ResidualBlock
 from layerwright.nn.scaled_gradient import scale_gradient
 from layerwright.nn.sequence_core import SequenceCore
 from layerwright.nn.slices import slice_linear
 from layerwright.nn.sparse import SparseConv, SparseLinear
+from layerwright.nn.spiral import SpiralBlock, SpiralFC, SpiralMixing, spiral_offsets
 from layerwright.nn.squeeze_excite import SqueezeExcite
 from layerwright.nn.state_space import DiagonalSSM, MultiHeadSSM
 from layerwright.nn.stored import Stored
@@ -129,19 +149,27 @@ from layerwright.nn.wide_attention import WideAttention
 __all__ = [
     "CIRCUITS",
     "PEER",
+    "ATSBlock",
     "ActNorm2d",
     "ActivationQuantizer",
     "AdaptiveComputationModule",
     "AdaptiveSpan",
+    "AdaptiveTokenSampler",
     "AffineCoupling",
     "AllAttention",
     "AttentionProducts",
+    "CHM4d",
+    "CHM6d",
+    "CSWinBlock",
+    "CenterPivotConv4d",
     "ChannelNorm",
     "ChannelScale",
     "Circuit",
+    "ClassAttentionHead",
     "ConditionalGradientReversal",
     "ConvEncoder",
     "CosineHead",
+    "CrossShapedWindowAttention",
     "DiagonalSSM",
     "DistilledHead",
     "DropPath",
@@ -157,9 +185,12 @@ __all__ = [
     "FactorizedConv",
     "FactorizedEmbedding",
     "GlobalAvgHead",
+    "GradientHistograms",
     "InputQuantizer",
     "InvertibleConv1x1",
     "KVMemory",
+    "LePE",
+    "LearnedAggregation",
     "LinearBottleneck",
     "LoRAExperts",
     "LoRAMixture",
@@ -179,6 +210,8 @@ __all__ = [
     "PKLayer",
     "PackedStack",
     "PaddedInvertibleConv2d",
+    "PatchConv",
+    "PatchConvBlock",
     "PersistentMemory",
     "ProductKeyRouter",
     "QuantConv",
@@ -186,6 +219,7 @@ __all__ = [
     "QuantLinear",
     "QuantumLayer",
     "RandomMask",
+    "RelPosPatchAttention",
     "ResidualBlock",
     "ResidualError",
     "SelfInterestedClassifier",
@@ -195,6 +229,9 @@ __all__ = [
     "SparseLinear",
     "SparseStack",
     "SparseWeightMLP",
+    "SpiralBlock",
+    "SpiralFC",
+    "SpiralMixing",
     "SplitPrior",
     "Squeeze2d",
     "SqueezeExcite",
@@ -203,6 +240,7 @@ __all__ = [
     "SubnetSpace",
     "SwiftFormerEncoder",
     "TokenDropout",
+    "TokenSampling",
     "TransducerJoiner",
     "W4A8Linear",
     "WideAttention",
@@ -211,25 +249,33 @@ __all__ = [
     "apply_ry",
     "bell_circuit",
     "cached_ebv",
+    "chm_groups",
     "circuit_state",
     "conv_norm",
+    "conv_to_attention",
+    "correlation_4d",
+    "correlation_6d",
     "cross_batch_attention",
     "ebv_logits",
     "ebv_loss",
     "expval_z",
+    "from_patches",
     "generate_ebv",
     "gradient_scale",
     "ground_state",
+    "interpolate_4d",
     "inverse_transform_sample",
     "keep_tokens",
     "mask_of",
     "measure_cosines",
     "meyer_wallach",
     "module_from_spec",
+    "mutual_nn_filter",
     "named_circuit",
     "ngram_signatures",
     "p_norm_pool",
     "pair_hinge",
+    "patch_conv_blocks",
     "probabilities",
     "random_mask",
     "real_amplitudes_circuit",
@@ -240,9 +286,12 @@ __all__ = [
     "ry_circuit",
     "scale_gradient",
     "slice_linear",
+    "spiral_offsets",
     "structure_of",
+    "to_patches",
     "token_significance",
     "transducer_loss",
     "vocabulary_of",
     "welch_bound",
+    "window_attention",
 ]

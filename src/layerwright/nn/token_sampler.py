@@ -16,11 +16,12 @@ def token_significance(
     attention: Tensor,
     values: Tensor,
     mask: Tensor | None = None,
-    value_norm: Literal["concat", "per_head"] = "concat",
+    value_norm: Literal["concat", "per_head", "none"] = "concat",
+    special: int = 1,
 ) -> Tensor:
     """What each token but the class token counts: class attention times the length of its value; ``(batch, tokens - 1)``.
 
-    ``sum_h A[h, 0, j] |V_j|`` over ``j >= 1``, divided by its sum. Source: Fayyaz et al., 2022, Adaptive Token Sampling For
+    ``sum_h A[h, 0, j] |V_j|`` over ``j >= special``, divided by its sum. Source: Fayyaz et al., 2022, Adaptive Token Sampling For
     Efficient Vision Transformers, arXiv 2111.15667.
 
     Args:
@@ -28,10 +29,11 @@ def token_significance(
         values: ``(batch, heads, tokens, head_dim)``.
         mask: ``(batch, tokens)``, true for tokens that are there; the others get 0.
         value_norm: ``concat`` takes the length over all heads together, as the authors' code does; ``per_head`` multiplies
-            head by head, as their text does.
+            head by head, as their text does; ``none`` leaves the values out, to compare with.
+        special: tokens in front that get no score, such as the class token.
 
     Returns:
-        Scores of 0 and more in float32 or above; a row sums to 1, and to 0 where there is no token but the class token.
+        Scores of 0 and more in float32 or above; a row sums to 1, and to 0 where all its tokens are special.
 
     Raises:
         InputError: shapes that do not fit, an unknown norm.
@@ -41,24 +43,25 @@ def token_significance(
             f"attention, values: got shapes {tuple(attention.shape)} and {tuple(values.shape)}, expected "
             "(batch, heads, rows, tokens) and (batch, heads, tokens, head_dim)"
         )
-    if attention.shape[3] != values.shape[2] or attention.shape[3] < 2:
+    if attention.shape[3] != values.shape[2] or not 0 <= special < attention.shape[3]:
         raise InputError(
-            f"values: got {values.shape[2]} tokens for {attention.shape[3]} attended, expected as many, from 2"
+            f"values: got {values.shape[2]} tokens for {attention.shape[3]} attended, expected as many, more than special = "
+            f"{special}"
         )
-    if value_norm not in ("concat", "per_head"):
-        raise InputError(f"value_norm: got {value_norm!r}, expected 'concat' or 'per_head'")
+    if value_norm not in ("concat", "per_head", "none"):
+        raise InputError(f"value_norm: got {value_norm!r}, expected 'concat', 'per_head' or 'none'")
     wide = torch.promote_types(attention.dtype, torch.float32)
-    seen, lengths = attention[:, :, 0, 1:].to(wide), values[:, :, 1:].to(wide).norm(dim=-1)
-    if value_norm == "concat":
-        scores = seen.sum(1) * lengths.norm(dim=1)
-    else:
+    seen, lengths = attention[:, :, 0, special:].to(wide), values[:, :, special:].to(wide).norm(dim=-1)
+    if value_norm == "per_head":
         scores = (seen * lengths).sum(1)
+    else:
+        scores = seen.sum(1) * (lengths.norm(dim=1) if value_norm == "concat" else 1.0)
     if mask is not None:
         if mask.shape != (attention.shape[0], attention.shape[3]):
             raise InputError(
                 f"mask: got shape {tuple(mask.shape)}, expected {(attention.shape[0], attention.shape[3])}"
             )
-        scores = scores.masked_fill(~mask[:, 1:].bool(), 0.0)
+        scores = scores.masked_fill(~mask[:, special:].bool(), 0.0)
     return scores / scores.sum(1, keepdim=True).clamp_min(torch.finfo(wide).tiny)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,10 @@ from layerwright.core.blocks import find_blocks
 from layerwright.core.class_swap import swap_class_, swapped
 from layerwright.core.errors import InputError
 from layerwright.core.layers import structure_copy
-from layerwright.nn.token_sampler import inverse_transform_sample, token_significance
+from layerwright.nn.adaptive_token_attention import TokenSampling, pack_tokens, pad_tokens, sample_rows, split_heads
 
 __all__ = ["apply_ats", "tokens_to_flops"]
 
-Mode = Literal["fixed", "random", "official"]
 _PARTS = ("layernorm_before", "attention", "layernorm_after", "mlp", "dropout")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -33,26 +32,11 @@ class _Run:
     counts: list[Tensor] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Sampling:
-    """How the tokens of one layer are sampled; `max_tokens` None: not at all."""
-
-    max_tokens: int | float | None
-    special: int
-    first: bool
-    mode: Mode
-    rule: Literal["inverse", "nearest"]
-    value_norm: Literal["concat", "per_head"]
-
-
 def apply_ats(
     model: nn.Module,
     layers: Sequence[int] | None = None,
     max_tokens: int | float = 1.0,
-    *,
-    mode: Mode = "fixed",
-    rule: Literal["inverse", "nearest"] = "inverse",
-    value_norm: Literal["concat", "per_head"] = "concat",
+    **sampling: Any,
 ) -> nn.Module:
     """A ViT or DeiT whose attention drops tokens that the class token does not look at, image by image.
 
@@ -68,25 +52,21 @@ def apply_ats(
     gives nothing for these layers.
 
     Args:
-        model: transformers' ViT or DeiT, bare or with a head.
+        model: transformers' ViT or DeiT, bare or with a head, or a model with such blocks and no class token.
         layers: numbers from 0; from 3 on if left out, as published.
         max_tokens: points at which a layer samples: a whole number, or a share in (0, 1] of the image's tokens. 1.0 leaves the
             number to the scores, as published.
-        mode, rule, value_norm: see `inverse_transform_sample` and `token_significance`.
+        sampling: what else `TokenSampling` takes, such as ``mode`` and ``rule``; a model without a class token needs
+            ``score_from="mean_attention"``.
 
     Raises:
         TypeError: the model is no such transformer.
         InputError: a number outside its range, an unknown mode, or a model that was treated before.
     """
-    if isinstance(max_tokens, bool) or max_tokens <= 0 or (isinstance(max_tokens, float) and max_tokens > 1):
-        raise InputError(f"max_tokens: got {max_tokens}, expected a whole number from 1 or a share in (0, 1]")
-    for name, value, known in (
-        ("mode", mode, ("fixed", "random", "official")), ("rule", rule, ("inverse", "nearest")),
-        ("value_norm", value_norm, ("concat", "per_head")),
-    ):  # fmt: skip
-        if value not in known:
-            raise InputError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
-    names, special = _vision_blocks(model)
+    if unknown := sampling.keys() - {each.name for each in fields(TokenSampling)} | sampling.keys() & {"special"}:
+        raise InputError(f"{min(unknown)}: unknown; expected mode, rule, value_norm, score_from or choose")
+    asked = TokenSampling(max_tokens, **sampling)
+    names, special = _vision_blocks(model, class_token=asked.score_from == "class_token")
     depth = len(names)
     chosen = list(range(min(3, depth - 1), depth)) if layers is None else sorted(set(layers))
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
@@ -98,8 +78,8 @@ def apply_ats(
         if swapped(layer):
             raise InputError(f"model: {names[number]} was changed already; treat the model that it was made of")
         swap_class_(layer, _SampledLayer)
-        points = max_tokens if number in chosen else None
-        layer.sampling = _Sampling(points, special, number == chosen[0], mode, rule, value_norm)
+        layer.sampling = replace(asked, special=special) if number in chosen else None
+        layer.starts_sampling = number == chosen[0]
         layer.sampling_run = run
     copy.last_token_counts = run.counts
     result: nn.Module = copy
@@ -133,16 +113,18 @@ def tokens_to_flops(
     return blocks + sum(steps[block][0] * dim for block in apart)
 
 
-def _vision_blocks(model: nn.Module) -> tuple[list[str], int]:
+def _vision_blocks(model: nn.Module, class_token: bool) -> tuple[list[str], int]:
     """Names of the blocks, and the number of special tokens in front."""
     embeddings: list[Any] = [module for module in model.modules() if hasattr(module, "cls_token")]
-    stacks = [stack for stack in find_blocks(model) if _fits(model.get_submodule(stack.names[0]))] if embeddings else []
+    found = find_blocks(model) if embeddings or not class_token else []
+    stacks = [stack for stack in found if _fits(model.get_submodule(stack.names[0]))]
     if len(stacks) != 1:
         raise TypeError(
             f"model: got {type(model).__name__}, expected transformers' ViT or DeiT, which have a class token and one stack of "
-            f"blocks with {', '.join(_PARTS)}"
+            f"blocks with {', '.join(_PARTS)}; without a class token take score_from='mean_attention'"
         )
-    return list(stacks[0].names), 1 + (getattr(embeddings[0], "distillation_token", None) is not None)
+    special = 1 + (getattr(embeddings[0], "distillation_token", None) is not None) if embeddings else 0
+    return list(stacks[0].names), special
 
 
 def _fits(layer: Any) -> bool:
@@ -154,7 +136,8 @@ def _fits(layer: Any) -> bool:
 class _SampledLayer(nn.Module):
     """Stands in front of the class of a ViT layer; see `apply_ats`."""
 
-    sampling: _Sampling
+    sampling: TokenSampling | None
+    starts_sampling: bool
     sampling_run: _Run
     attention: Any
     layernorm_before: nn.Module
@@ -166,71 +149,40 @@ class _SampledLayer(nn.Module):
         """Padded tokens ``(batch, tokens, dim)`` to ``(batch, most kept, dim)``."""
         if attention_mask is not None:
             raise InputError("attention_mask: sampled layers keep masks of their own; leave it out")
-        run, special = self.sampling_run, self.sampling.special
-        if self.sampling.first:
-            run.mask, run.tokens = None, hidden_states.shape[1] - special
+        run, owner, batch = self.sampling_run, self.attention, len(hidden_states)
+        if self.starts_sampling and self.sampling:
+            run.mask, run.tokens = None, hidden_states.shape[1] - self.sampling.special
             run.counts.clear()
-        mask, owner = run.mask, self.attention
-        normed = self.layernorm_before(_packed(hidden_states, mask))
+        mask = run.mask
+        normed = self.layernorm_before(pack_tokens(hidden_states, mask))
         key, value = (
-            _heads(_padded(project(normed), mask, hidden_states), owner.head_dim)
+            split_heads(pad_tokens(project(normed), mask, batch), owner.head_dim)
             for project in (owner.k_proj, owner.v_proj)
         )
-        rows, kept = self._sample(hidden_states, key, value, mask)
-        if rows is not None:
+        kept = mask
+        if self.sampling:
+            rows, there = self._sample(self.sampling, hidden_states, key, value)
+            run.counts.append(there.sum(1) - self.sampling.special)
+            kept = None if bool(there.all()) else there
             hidden_states = hidden_states.gather(1, rows[:, :, None].expand(-1, -1, hidden_states.shape[2]))
-            normed = self.layernorm_before(_packed(hidden_states, kept))
-        query = _heads(_padded(owner.q_proj(normed), kept, hidden_states), owner.head_dim)
+            normed = self.layernorm_before(pack_tokens(hidden_states, kept))
+        query = split_heads(pad_tokens(owner.q_proj(normed), kept, batch), owner.head_dim)
         seen = functional.scaled_dot_product_attention(
             query, key, value, None if mask is None else mask[:, None, None, :], scale=owner.scaling,
             dropout_p=owner.attention_dropout if self.training else 0.0,
         )  # fmt: skip
-        out = _packed(hidden_states, kept) + self.dropout(owner.o_proj(_packed(seen.transpose(1, 2).flatten(2), kept)))
+        out = pack_tokens(hidden_states, kept)
+        out = out + self.dropout(owner.o_proj(pack_tokens(seen.transpose(1, 2).flatten(2), kept)))
         out = out + self.dropout(self.mlp(self.layernorm_after(out)))
         run.mask = kept
-        return _padded(out, kept, hidden_states)
+        return pad_tokens(out, kept, batch)
 
+    @torch.no_grad()
     def _sample(
-        self, hidden_states: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Rows that go on ``(batch, most)`` and which of them are tokens; None for all."""
-        sampling, run = self.sampling, self.sampling_run
-        if sampling.max_tokens is None:
-            return None, mask
-        special, owner = sampling.special, self.attention
-        with torch.no_grad():
-            query = _heads(owner.q_proj(self.layernorm_before(hidden_states[:, :1])), owner.head_dim)
-            weights = (query @ key.transpose(2, 3)).float() * owner.scaling
-            if mask is not None:
-                weights = weights.masked_fill(~mask[:, None, None, :], -torch.inf)
-            # The last of the special tokens stands where the class token is expected, and is left out.
-            scores = token_significance(
-                weights.softmax(-1)[..., special - 1 :], value[:, :, special - 1 :],
-                None if mask is None else mask[:, special - 1 :], sampling.value_norm,
-            )  # fmt: skip
-            share = isinstance(sampling.max_tokens, float)
-            points = max(1, round(sampling.max_tokens * run.tokens)) if share else int(sampling.max_tokens)
-            positions, there = inverse_transform_sample(scores, points, sampling.mode, sampling.rule)
-            run.counts.append(there.sum(1))
-            front = torch.arange(special, device=positions.device).expand(len(positions), -1)
-            kept = torch.cat([torch.ones_like(front, dtype=torch.bool), there], 1)
-            return torch.cat([front, positions + special], 1), None if bool(there.all()) else kept
-
-
-def _packed(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The tokens of all images one after the other, without padding."""
-    return x.flatten(0, 1) if mask is None else x[mask]
-
-
-def _padded(tokens: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
-    """Packed tokens as ``(batch, most, features)``, zeros where there are none."""
-    batch, most = like.shape[:2]
-    if mask is None:
-        return tokens.unflatten(0, (batch, most))
-    out = tokens.new_zeros(batch, most, tokens.shape[-1])
-    out[mask] = tokens
-    return out
-
-
-def _heads(x: Tensor, head_dim: int) -> Tensor:
-    return x.unflatten(2, (-1, head_dim)).transpose(1, 2)
+        self, sampling: TokenSampling, hidden_states: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rows that go on ``(batch, most)`` and which of them are tokens."""
+        owner, run = self.attention, self.sampling_run
+        read = hidden_states if sampling.score_from == "mean_attention" else hidden_states[:, :1]
+        query = split_heads(owner.q_proj(self.layernorm_before(read)), owner.head_dim)
+        return sample_rows(sampling, query, key, value, run.mask, run.tokens, owner.scaling)
