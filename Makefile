@@ -1,5 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
+# Studies that run side by side: `make studies JOBS=1` for one after the other.
+JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
@@ -40,10 +42,10 @@ docs: $(BIN)/.dev
 	$(BIN)/mkdocs build --strict -q -d build/site
 
 studies: $(BIN)/.dev
-	$(BIN)/layerwright study all
+	$(BIN)/layerwright study all --jobs $(JOBS)
 
 benchmarks: $(BIN)/.dev
-	for name in ngram allocate decode gptq gptq_model streaming scores joint; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in ngram allocate decode gptq gptq_model streaming scores joint additive_attention ats chm cswin finc; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 format: $(BIN)/.dev
 	$(BIN)/ruff check --fix -q src tests benchmarks examples; $(BIN)/ruff format -q src tests benchmarks examples

@@ -11,7 +11,16 @@ import layerwright.studies as studies
 from layerwright.core.errors import InputError
 from layerwright.core.evidence import Check, Evidence
 from layerwright.recipes.book import recipe
-from layerwright.studies import catalog, list_systems, markdown_table, run_study, show_evidence, study_slugs, systems
+from layerwright.studies import (
+    catalog,
+    list_systems,
+    markdown_table,
+    run_studies,
+    run_study,
+    show_evidence,
+    study_slugs,
+    systems,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +128,23 @@ def test_the_page_of_systems(tmp_path: Path) -> None:
         assert f"## {item.slug}" in page
         assert f"https://arxiv.org/abs/{item.arxiv}" in page
     assert [item.slug for item in systems.SYSTEMS] == sorted(item.slug for item in systems.SYSTEMS)
+
+
+def test_several_studies_in_order_and_their_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = pretend(monkeypatch, evidence())
+    assert list(run_studies(["adaquant", "pk_mixer"], quick=True, seeds=1)) == [evidence()] * 2
+    assert calls == [{"quick": True, "seeds": 1, "progress": None}] * 2
+    assert {item.slug: item.verdict for item in list_systems()}["adaquant"] == "holds (quick)"
+    for slugs, settings, message in (
+        (["adaquant", "nothing"], {}, "nothing"), (["adaquant"], {"seeds": 0}, "seeds"), (["adaquant"], {"jobs": 0}, "jobs"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            run_studies(slugs, **settings)
+    assert len(calls) == 2, "nothing runs before all names are known"
+
+
+def test_studies_in_processes_of_their_own() -> None:
+    seen: list[tuple[str, int, int]] = []
+    (found,) = run_studies(["wide-attention"], jobs=2, quick=True, seeds=1, progress=lambda *args: seen.append(args))
+    assert found.slug == "wide-attention" and found.table and seen == [("studies", 1, 1)]
+    assert "(quick)" in {item.slug: item.verdict for item in list_systems()}["wide-attention"]

@@ -98,25 +98,28 @@ def systems(json: Json = False) -> None:
 
 
 def study(
-    slug: Annotated[str, typer.Argument(metavar="SLUG", help="A system's slug, or `all`.")],
+    slugs: Annotated[list[str], typer.Argument(metavar="SLUG...", help="Slugs of systems, or `all`.")],
     quick: Annotated[bool, typer.Option("--quick", help="A smaller form that takes seconds.")] = False,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds.")] = 3,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Studies that run side by side.")] = 1,
     json: Json = False,
 ) -> int:
     """Run a system's experiment: claim, table, each check with its bound, verdict. Exit code 1 if it does not hold.
 
     Example: `layerwright study adaquant --quick`
     """
-    from layerwright.studies import run_study, show_evidence, study_slugs
+    from layerwright.studies import run_studies, show_evidence, study_slugs
 
-    slugs = study_slugs() if slug == "all" else [slug]
+    names = study_slugs() if "all" in slugs else list(dict.fromkeys(slugs))
     found = []
     with progress_to(json) as progress:
-        for name in slugs:
-            evidence = run_study(name, quick=quick, seeds=seeds, progress=progress)
+        for evidence in run_studies(names, jobs=jobs, quick=quick, seeds=seeds, progress=progress):
             found.append(evidence)
             if not json:
                 show_evidence(evidence, show_table, say)
     if json:
-        emit(found[0].to_data() if slug != "all" else [e.to_data() for e in found])
+        emit(found[0].to_data() if len(slugs) == 1 and slugs != ["all"] else [e.to_data() for e in found])
+    elif len(found) > 1:
+        rows = [[e.slug, sum(c.holds for c in e.checks), len(e.checks), e.verdict, e.seconds] for e in found]
+        show_table("Studies", ["study", "hold", "checks", "verdict", "seconds"], rows, left=1)
     return 0 if all(e.holds for e in found) else 1

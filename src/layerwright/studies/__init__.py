@@ -1,6 +1,7 @@
 """One small experiment for each published system: the executable evidence.
 
 - `run_study(slug)`: measure a system's claims; returns an `Evidence`. `study_slugs`: all of them.
+- `run_studies(slugs, jobs=...)`: several, side by side in processes of their own.
 - `list_systems()`: the systems, their papers and parts, and the verdict of the last run.
 - `show_evidence`: print claim, table, checks and verdict.
 - `markdown_table()`: the systems as a table for the documentation.
@@ -10,15 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import import_module
+from multiprocessing import get_context
 from typing import Any
+
+import torch
 
 from layerwright.core.errors import InputError
 from layerwright.core.evidence import Evidence
 from layerwright.studies.systems import SYSTEMS, System, list_systems, markdown_table, save_verdict, system
 
-__all__ = ["System", "list_systems", "markdown_table", "run_study", "show_evidence", "study_slugs"]
+__all__ = ["System", "list_systems", "markdown_table", "run_studies", "run_study", "show_evidence", "study_slugs"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -40,15 +45,64 @@ def run_study(slug: str, *, quick: bool = False, seeds: int = 3, progress: Progr
     Raises:
         InputError: an unknown slug (close matches are listed), or fewer than one seed.
     """
+    evidence = _measured(_known(slug, seeds), quick, seeds, progress)
+    save_verdict(evidence, quick=quick)
+    return evidence
+
+
+def run_studies(
+    slugs: Sequence[str], *, jobs: int = 1, quick: bool = False, seeds: int = 3, progress: Progress | None = None
+) -> Iterator[Evidence]:
+    """Run several studies and give each evidence as soon as it is there; verdicts are kept as by `run_study`.
+
+    Args:
+        slugs: as in `study_slugs`.
+        jobs: processes, which share the threads that PyTorch has here; with 1 the studies run in this one, in order.
+        quick, seeds: as for `run_study`.
+        progress: as for `run_study`; with several processes it counts studies.
+
+    Raises:
+        InputError: an unknown slug, or a number below 1; before anything runs.
+    """
+    if jobs < 1:
+        raise InputError(f"jobs: got {jobs}, expected at least 1")
+    known = [_known(slug, seeds) for slug in slugs]
+    return _runs(known, jobs, quick, seeds, progress)
+
+
+def _runs(known: Sequence[str], jobs: int, quick: bool, seeds: int, progress: Progress | None) -> Iterator[Evidence]:
+    if jobs == 1:
+        for slug in known:
+            yield run_study(slug, quick=quick, seeds=seeds, progress=progress)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    workers = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    with workers:
+        running = [workers.submit(_measured, slug, quick, seeds, None) for slug in known]
+        try:
+            for done, future in enumerate(as_completed(running), 1):
+                evidence = future.result()
+                save_verdict(evidence, quick=quick)
+                if progress:
+                    progress("studies", done, len(known))
+                yield evidence
+        finally:
+            workers.shutdown(wait=False, cancel_futures=True)
+
+
+def _known(slug: str, seeds: int) -> str:
     known = system(slug).slug
     if seeds < 1:
         raise InputError(f"seeds: got {seeds}, expected at least 1")
+    return known
+
+
+def _measured(known: str, quick: bool, seeds: int, progress: Progress | None) -> Evidence:
     module = import_module(f"layerwright.studies.{known.replace('-', '_')}")
     begun = time.perf_counter()
     evidence: Evidence = module.run(quick=quick, seeds=seeds, progress=progress)
     if not evidence.seconds:
         evidence = dataclasses.replace(evidence, seconds=time.perf_counter() - begun)
-    save_verdict(evidence, quick=quick)
     return evidence
 
 
