@@ -51,26 +51,19 @@ class PictureViT(nn.Module):
 def take_top(counts: Sequence[int]) -> Choose:
     """The tokens of the highest scores, as many as `counts` says for each layer in turn."""
     numbers = itertools.cycle(counts)
-
-    def choose(scores: Tensor, points: int) -> tuple[Tensor, Tensor]:
-        count = min(next(numbers), scores.shape[1])
-        places = scores.topk(count, dim=1).indices.sort(1).values
-        return places, torch.ones_like(places, dtype=torch.bool)
-
-    return choose
+    return lambda scores, _points: _highest(scores, next(numbers))
 
 
 def take_random(counts: Sequence[int], seed: int = 0) -> Choose:
     """Tokens at random, as many as `counts` says for each layer in turn."""
     numbers, draw = itertools.cycle(counts), torch.Generator().manual_seed(seed)
-    top = take_top([1])
+    return lambda scores, _points: _highest(torch.rand(scores.shape, generator=draw), next(numbers))
 
-    def choose(scores: Tensor, points: int) -> tuple[Tensor, Tensor]:
-        nonlocal top
-        top = take_top([next(numbers)])
-        return top(torch.rand(scores.shape, generator=draw), points)
 
-    return choose
+def _highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Positions of the `count` highest scores, in ascending order, all meant."""
+    places = scores.topk(min(count, scores.shape[1]), dim=1).indices.sort(1).values
+    return places, torch.ones_like(places, dtype=torch.bool)
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> float:
