@@ -24,4 +24,6 @@ def test_quick_form() -> None:
     assert evidence.checks[0].bound == pytest.approx(rows["base"]["error"] + 0.01)
     shares = {mode: rows[f"map: {mode}"]["energy in the box"] for mode in ("guided", "deconv", "grad")}
     assert all(0 < share < 1 for share in shares.values())
+    assert all(0 < rows[f"map: {mode}"]["sum in the box"] < 1 for mode in shares)
+    assert rows["map: deconv"]["sum in the box"] != shares["deconv"]
     assert evidence.checks[1].measured == evidence.checks[2].measured == shares["guided"]

@@ -3,22 +3,55 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerwright.studies.swiftformer import SoftmaxAttention, commonest_colour, exponent, run
+from layerwright.studies.swiftformer import (
+    FAR,
+    GREY,
+    PALETTE,
+    WHITE,
+    SoftmaxAttention,
+    commonest_colour,
+    context_network,
+    exponent,
+    run,
+)
 
 
-def test_the_label_is_whether_the_framed_colour_leads() -> None:
+def test_the_label_is_whether_the_framed_colour_leads_in_the_field() -> None:
     images, labels = commonest_colour(300, seed=5)
     assert images.shape == (300, 3, 32, 32) and 0.4 < float(labels.double().mean()) < 0.6
-    cells = images.view(300, 3, 8, 4, 8, 4)
-    inner = cells[:, :, :, 1:3, :, 1:3].mean((3, 5)).flatten(2).transpose(1, 2)
-    frame = (cells[:, :, :, 0, :, 0] > 0.75).all(1).flatten(1)
-    palette = torch.tensor([[0.9, 0.2, 0.2], [0.2, 0.8, 0.3], [0.2, 0.3, 0.9], [0.9, 0.8, 0.2]])
-    colours = torch.cdist(inner, palette[None]).argmin(-1)
-    assert (frame.sum(1) == 1).all()
-    votes = torch.nn.functional.one_hot(colours, 4).sum(1)
-    marked = colours[frame]
-    assert torch.equal(votes.gather(1, marked[:, None])[:, 0] == votes.amax(1), labels == 1)
+    colours = torch.cdist(images.unfold(2, 4, 4).unfold(3, 4, 4).mean((4, 5)).flatten(2).mT, PALETTE).argmin(-1)
+    rows, columns = torch.arange(8)[:, None], torch.arange(8)
+    for picture, label in zip(colours.view(-1, 8, 8), labels, strict=True):
+        around = torch.nn.functional.conv2d((picture == WHITE).float()[None, None], torch.ones(1, 1, 3, 3), padding=1)
+        framed = ((picture < GREY) & (around[0, 0] >= 3)).nonzero()
+        assert len(framed) == 1
+        row, column = framed[0].tolist()
+        away = torch.maximum((rows - row).abs(), (columns - column).abs())
+        assert torch.equal(picture < GREY, (away == 0) | (away >= FAR)) and torch.equal(picture == WHITE, away == 1)
+        reds = float((picture[away >= FAR] == 0).double().mean())
+        assert max(reds, 1 - reds) >= 0.75
+        assert int(label) == int((picture[row, column] == 0) == (reds > 0.5))
     assert torch.equal(images, commonest_colour(300, seed=5)[0])
+
+
+def _mixed_difference(attention: str) -> float:
+    """How far the two changes of a picture, of the framed colour and of the field, are from adding up in the logits."""
+    torch.manual_seed(3)
+    model = context_network(attention).eval()
+    cells = torch.full((4, 8, 8), GREY)
+    cells[:, 0:3, 2:5] = WHITE
+    cells[:, 1, 3] = torch.tensor([0, 0, 1, 1])
+    cells[:, 5:] = torch.tensor([0, 1, 0, 1])[:, None, None]
+    cells[:, :, 7] = torch.tensor([0, 1, 0, 1])[:, None]
+    images = PALETTE[cells].permute(0, 3, 1, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    with torch.no_grad():
+        logits = model.double()(images.double())
+    return float((logits[0] - logits[1] - logits[2] + logits[3]).abs().max())
+
+
+def test_only_attention_brings_the_framed_colour_and_the_field_together() -> None:
+    assert _mixed_difference("none") < 1e-12
+    assert _mixed_difference("additive") > 1e-4
 
 
 @torch.no_grad()

@@ -88,6 +88,13 @@ def test_one_pass_equals_many(tol: float) -> None:
         torch.testing.assert_close(tensor, second.state_dict()[name], atol=1e-5, rtol=1e-4)
 
 
+def test_other_memory_formats_are_kept() -> None:
+    weight = torch.empty(8, 4, 3, 3).to(memory_format=torch.channels_last)
+    orthonormal_(weight, generator=torch.Generator().manual_seed(0))
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(weight.flatten(1) @ weight.flatten(1).T, torch.eye(8))
+
+
 def test_orthonormal_rows_or_columns() -> None:
     for shape in ((4, 9), (9, 4), (6, 3, 3, 3)):
         for dtype, exact in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):

@@ -84,7 +84,9 @@ def orthonormal_(weight: Tensor, gain: float = 1.0, generator: torch.Generator |
     Axes after the first are one. Computed in float32 for half precision. Source: Saxe et al., "Exact solutions to the
     nonlinear dynamics of learning in deep linear neural networks" (2014).
     """
-    exact = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    exact = torch.empty_like(
+        weight, dtype=torch.promote_types(weight.dtype, torch.float32), memory_format=torch.contiguous_format
+    )
     nn.init.orthogonal_(exact, gain, generator)
     with torch.no_grad():
         return weight.copy_(exact)
