@@ -193,6 +193,7 @@ def test_large_taps_are_noticed() -> None:
         (lambda: PaddedInvertibleConv2d(2).inverse(torch.zeros(1, 2, 4, 4), "fast"), "method"),  # type: ignore[arg-type]
         (lambda: wavefront_inverse(torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 2)), "weight: got shape"),
         (lambda: wavefront_inverse(torch.zeros(1, 2, 4, 4), torch.full((2, 2, 3, 3), torch.nan)), "weight: holds"),
+        (lambda: wavefront_inverse(torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 3)), "weight: channel 0 has 0"),
         (lambda: wavefront_inverse(torch.zeros(1, 3, 4, 4), torch.zeros(2, 2, 3, 3)), "y: got shape"),
         (lambda: wavefront_inverse(torch.zeros(1, 2, 4, 4), torch.zeros(2, 2, 3, 3), "XY"), "corner"),  # type: ignore[arg-type]
     ],

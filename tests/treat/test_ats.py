@@ -146,6 +146,23 @@ def test_bad_settings_are_named(options: dict[str, Any], message: str) -> None:
         apply_ats(peaked(), **options)
 
 
+def test_bad_batches_are_named() -> None:
+    sampled = apply_ats(peaked(), [0, 1])
+    with pytest.raises(InputError, match="pixel_values: got an empty batch"):
+        logits(sampled, pictures(0))
+    with pytest.raises(InputError, match="scores: got values that are NaN"):
+        logits(sampled, pictures() * float("nan"))
+
+
+def test_models_without_class_token_score_by_mean_attention() -> None:
+    model = peaked(depth=2)
+    with pytest.raises(TypeError, match="score_from='mean_attention'"):
+        apply_ats(nn.Sequential(model.vit.layers), [1])
+    sampled: Any = apply_ats(model, [1], 6, score_from="mean_attention")
+    assert logits(sampled, pictures()).isfinite().all()
+    assert int(sampled.last_token_counts[0].max()) <= 6
+
+
 def test_bad_models_are_named() -> None:
     with pytest.raises(TypeError, match="ViT or DeiT"):
         apply_ats(nn.Sequential(nn.Linear(3, 3)))

@@ -50,7 +50,7 @@ def wavefront_inverse(
         `x`, of the shape and dtype of `y`.
 
     Raises:
-        InputError: shapes that do not fit, an unknown corner, or weights that are not finite.
+        InputError: shapes that do not fit, an unknown corner, or weights that are not finite or have a zero on a channel's own pixel.
     """
     weight, corners = _checked(y, weight, corner)
     maps = _split(y, corners).to(torch.promote_types(y.dtype, torch.float32))
@@ -204,4 +204,11 @@ def _checked(y: Tensor, weight: Tensor, corner: Corner | Sequence[Corner]) -> tu
         raise InputError(f"y: got shape {tuple(y.shape)}, expected (batch, {groups * channels}, height, width)")
     if not torch.isfinite(weight).all():
         raise InputError("weight: holds NaN or infinite values, and has no inverse; go back to an earlier state")
+    for kernel, name in zip(weight, corners, strict=True):
+        own = to_top_left(kernel, name)[..., -1, -1].diagonal()
+        if bool((own == 0).any()):
+            number = int((own == 0).nonzero()[0, 0])
+            raise InputError(
+                f"weight: channel {number} has 0 on its own pixel, so that there is no inverse; check log_diagonal"
+            )
     return weight, corners

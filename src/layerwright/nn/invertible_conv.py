@@ -123,7 +123,7 @@ class PaddedInvertibleConv2d(nn.Module):
             on_step: called with the number of each step of ``wavefront`` and ``sequential``.
 
         Raises:
-            InputError: shapes that do not fit, an unknown method, or weights that are not finite.
+            InputError: shapes that do not fit, an unknown method, or weights that are not finite or have no inverse.
             ResidualError: the check failed; an ArithmeticError.
         """
         _check_map("y", y, self.channels)

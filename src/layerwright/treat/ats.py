@@ -150,6 +150,8 @@ class _SampledLayer(nn.Module):
         if attention_mask is not None:
             raise InputError("attention_mask: sampled layers keep masks of their own; leave it out")
         run, owner, batch = self.sampling_run, self.attention, len(hidden_states)
+        if not batch:
+            raise InputError("pixel_values: got an empty batch, expected at least one image")
         if self.starts_sampling and self.sampling:
             run.mask, run.tokens = None, hidden_states.shape[1] - self.sampling.special
             run.counts.clear()
