@@ -40,7 +40,8 @@ def pictures(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+# The others are compiled beside their own parts.
+@pytest.mark.parametrize("name", ["all-cnn", "mixer", "spiralmlp"])
 def test_one_graph_and_bfloat16(name: str) -> None:
     model, images = network(name), pictures(2, 3, 32, 32)
     with torch.no_grad():
