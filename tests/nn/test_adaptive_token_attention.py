@@ -10,9 +10,8 @@ from layerwright.core.errors import InputError
 from layerwright.nn.adaptive_token_attention import (
     AdaptiveTokenSampler,
     ATSBlock,
+    Packing,
     TokenSampling,
-    pack_tokens,
-    pad_tokens,
 )
 
 
@@ -106,8 +105,24 @@ def test_gradients_and_bfloat16() -> None:
 
 def test_packing_is_undone_by_padding() -> None:
     x, mask = tokens(), torch.rand(3, 13, generator=torch.Generator().manual_seed(1)) < 0.5
-    assert torch.equal(pad_tokens(pack_tokens(x, mask), mask, 3), x * mask[:, :, None])
-    assert torch.equal(pad_tokens(pack_tokens(x, None), None, 3), x)
+    packing = Packing(mask)
+    packed = packing.pack(x)
+    assert torch.equal(packed, x[mask])
+    assert torch.equal(packing.pad(packed, 3), x * mask[:, :, None])
+    assert torch.equal(packing.pad(packed, 3, zeros=False)[mask], x[mask])
+    assert torch.equal(Packing().pad(Packing().pack(x), 3), x)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_that_go_on_are_found_among_the_packed_ones(padded: bool) -> None:
+    x = tokens()
+    mask = torch.ones(3, 13, dtype=torch.bool)
+    mask[0, 9:] = not padded
+    before = Packing(mask if padded else None)
+    positions = torch.tensor([[0, 3, 8], [0, 5, 12], [0, 1, 1]])
+    kept = Packing(torch.tensor([[True] * 3, [True] * 3, [True, True, False]]))
+    rows = before.pack(x).index_select(0, before.rows(positions, kept, 13))
+    assert torch.equal(rows, torch.cat([x[0, [0, 3, 8]], x[1, [0, 5, 12]], x[2, [0, 1]]]))
 
 
 def test_points() -> None:

@@ -17,9 +17,8 @@ from layerwright.nn.token_sampler import inverse_transform_sample, token_signifi
 __all__ = [
     "ATSBlock",
     "AdaptiveTokenSampler",
+    "Packing",
     "TokenSampling",
-    "pack_tokens",
-    "pad_tokens",
     "sample_rows",
     "split_heads",
 ]
@@ -123,18 +122,44 @@ def sample_rows(
     return torch.cat([front, positions + sampling.special], 1), kept
 
 
-def pack_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The tokens of all images one after the other ``(tokens, features)``, without padding."""
-    return x.flatten(0, 1) if mask is None else x[mask]
+class Packing:
+    """Where the tokens of a padded batch stand; to lay them one after the other and back.
 
+    Rows are moved whole by their numbers, which are found once.
 
-def pad_tokens(tokens: Tensor, mask: Tensor | None, batch: int) -> Tensor:
-    """Packed tokens as ``(batch, most, features)``, zeros where there are none."""
-    if mask is None:
-        return tokens.unflatten(0, (batch, -1))
-    out = tokens.new_zeros(*mask.shape, tokens.shape[-1])
-    out[mask] = tokens
-    return out
+    Args:
+        mask: ``(batch, most)``, true for tokens; None where there is no padding.
+    """
+
+    def __init__(self, mask: Tensor | None = None) -> None:
+        self.mask = mask
+        if mask is not None:
+            flat = mask.flatten()
+            self.places = flat.nonzero()[:, 0]
+            self.slots = flat.cumsum(0).sub_(1).clamp_min_(0)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``(batch, most, features)`` to the tokens of all images ``(tokens, features)``."""
+        flat = x.flatten(0, 1)
+        return flat if self.mask is None else flat.index_select(0, self.places)
+
+    def pad(self, tokens: Tensor, batch: int, *, zeros: bool = True) -> Tensor:
+        """``(batch, most, features)``; padding is zero, or without `zeros` any token, which spares a pass over memory."""
+        if self.mask is None:
+            return tokens.unflatten(0, (batch, -1))
+        if zeros:
+            flat = tokens.new_zeros(len(self.slots), tokens.shape[-1]).index_copy_(0, self.places, tokens)
+        else:
+            flat = tokens.index_select(0, self.slots)
+        return flat.unflatten(0, (batch, -1))
+
+    def rows(self, positions: Tensor, kept: Packing, most: int) -> Tensor:
+        """Numbers among the packed tokens here of those that `kept` packs, at `positions` of a width of `most`."""
+        batch = torch.arange(len(positions), device=positions.device)[:, None]
+        flat = (positions + batch * most).flatten()
+        if kept.mask is not None:
+            flat = flat[kept.places]
+        return flat if self.mask is None else self.slots[flat]
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -191,16 +216,17 @@ class AdaptiveTokenSampler(nn.Module):
             )
         if mask is not None and mask.shape != x.shape[:2]:
             raise InputError(f"mask: got shape {tuple(mask.shape)}, expected {tuple(x.shape[:2])}")
+        before = Packing(mask)
         query, key, value = (
             split_heads(part, self.head_dim)
-            for part in pad_tokens(self.qkv(pack_tokens(x, mask)), mask, len(x)).chunk(3, -1)
+            for part in before.pad(self.qkv(before.pack(x)), len(x), zeros=False).chunk(3, -1)
         )
         rows, kept = None, mask
         if self.sampling:
             rows, kept = sample_rows(self.sampling, query, key, value, mask, tokens or x.shape[1] - special)
             query = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, self.head_dim))
         seen = functional.scaled_dot_product_attention(query, key, value, _columns(mask))
-        return self.proj(pack_tokens(seen.transpose(1, 2).flatten(2), kept)), rows, kept
+        return self.proj(Packing(kept).pack(seen.transpose(1, 2).flatten(2))), rows, kept
 
 
 class ATSBlock(nn.Module):
@@ -236,9 +262,9 @@ class ATSBlock(nn.Module):
         out, rows, kept = self.attn(self.norm1(x), mask, tokens)
         if rows is not None:
             x = x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
-        batch = len(x)
-        x = x + self.drop_path(pad_tokens(out, kept, batch))
-        x = x + self.drop_path(pad_tokens(self.mlp(self.norm2(pack_tokens(x, kept))), kept, batch))
+        batch, after = len(x), Packing(kept)
+        x = x + self.drop_path(after.pad(out, batch))
+        x = x + self.drop_path(after.pad(self.mlp(self.norm2(after.pack(x))), batch))
         return x if kept is None else x * kept[:, :, None], kept
 
     def extra_repr(self) -> str:

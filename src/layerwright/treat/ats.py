@@ -15,7 +15,7 @@ from layerwright.core.blocks import find_blocks
 from layerwright.core.class_swap import swap_class_, swapped
 from layerwright.core.errors import InputError
 from layerwright.core.layers import structure_copy
-from layerwright.nn.adaptive_token_attention import TokenSampling, pack_tokens, pad_tokens, sample_rows, split_heads
+from layerwright.nn.adaptive_token_attention import Packing, TokenSampling, sample_rows, split_heads
 
 __all__ = ["apply_ats", "tokens_to_flops"]
 
@@ -27,7 +27,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 class _Run:
     """What the layers of a model tell one another while it runs: which positions of a padded batch are tokens."""
 
-    mask: Tensor | None = None
+    packing: Packing = field(default_factory=Packing)
     tokens: int = 0
     counts: list[Tensor] = field(default_factory=list)
 
@@ -153,38 +153,45 @@ class _SampledLayer(nn.Module):
         if not batch:
             raise InputError("pixel_values: got an empty batch, expected at least one image")
         if self.starts_sampling and self.sampling:
-            run.mask, run.tokens = None, hidden_states.shape[1] - self.sampling.special
+            run.packing, run.tokens = Packing(), hidden_states.shape[1] - self.sampling.special
             run.counts.clear()
-        mask = run.mask
-        normed = self.layernorm_before(pack_tokens(hidden_states, mask))
+        before = run.packing
+        tokens = before.pack(hidden_states)
+        normed = self.layernorm_before(tokens)
+        # What stands in the padding does not matter: it is masked.
         key, value = (
-            split_heads(pad_tokens(project(normed), mask, batch), owner.head_dim)
+            split_heads(before.pad(project(normed), batch, zeros=False), owner.head_dim)
             for project in (owner.k_proj, owner.v_proj)
         )
-        kept = mask
+        after = before
         if self.sampling:
-            rows, there = self._sample(self.sampling, hidden_states, key, value)
+            rows, there = self._sample(self.sampling, self._read(before, normed, batch), key, value)
             run.counts.append(there.sum(1) - self.sampling.special)
-            kept = None if bool(there.all()) else there
-            hidden_states = hidden_states.gather(1, rows[:, :, None].expand(-1, -1, hidden_states.shape[2]))
-            normed = self.layernorm_before(pack_tokens(hidden_states, kept))
-        query = split_heads(pad_tokens(owner.q_proj(normed), kept, batch), owner.head_dim)
+            after = Packing(None if bool(there.all()) else there)
+            chosen = before.rows(rows, after, hidden_states.shape[1])
+            tokens, normed = tokens.index_select(0, chosen), normed.index_select(0, chosen)
+        query = split_heads(after.pad(owner.q_proj(normed), batch, zeros=False), owner.head_dim)
         seen = functional.scaled_dot_product_attention(
-            query, key, value, None if mask is None else mask[:, None, None, :], scale=owner.scaling,
+            query, key, value, None if before.mask is None else before.mask[:, None, None, :], scale=owner.scaling,
             dropout_p=owner.attention_dropout if self.training else 0.0,
         )  # fmt: skip
-        out = pack_tokens(hidden_states, kept)
-        out = out + self.dropout(owner.o_proj(pack_tokens(seen.transpose(1, 2).flatten(2), kept)))
+        out = tokens + self.dropout(owner.o_proj(after.pack(seen.transpose(1, 2).flatten(2))))
         out = out + self.dropout(self.mlp(self.layernorm_after(out)))
-        run.mask = kept
-        return pad_tokens(out, kept, batch)
+        run.packing = after
+        return after.pad(out, batch)
+
+    def _read(self, packing: Packing, normed: Tensor, batch: int) -> Tensor:
+        """The tokens whose attention gives the scores ``(batch, 1 or all, dim)``."""
+        if self.sampling and self.sampling.score_from == "mean_attention":
+            return packing.pad(normed, batch, zeros=False)
+        if packing.mask is None:
+            return normed.unflatten(0, (batch, -1))[:, :1]
+        starts = packing.slots.unflatten(0, (batch, -1))[:, 0]
+        return normed.index_select(0, starts)[:, None]
 
     @torch.no_grad()
-    def _sample(
-        self, sampling: TokenSampling, hidden_states: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _sample(self, sampling: TokenSampling, normed: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Rows that go on ``(batch, most)`` and which of them are tokens."""
         owner, run = self.attention, self.sampling_run
-        read = hidden_states if sampling.score_from == "mean_attention" else hidden_states[:, :1]
-        query = split_heads(owner.q_proj(self.layernorm_before(read)), owner.head_dim)
-        return sample_rows(sampling, query, key, value, run.mask, run.tokens, owner.scaling)
+        query = split_heads(owner.q_proj(normed), owner.head_dim)
+        return sample_rows(sampling, query, key, value, run.packing.mask, run.tokens, owner.scaling)
