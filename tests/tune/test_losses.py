@@ -40,7 +40,9 @@ def naive_info_nce(q: Tensor, k: Tensor, temperature: float) -> float:
 def test_info_nce_is_the_double_loop(samples: int, classes: int, temperature: float, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(samples, classes, generator=g) for _ in range(2))
-    assert float(info_nce_outputs(q, k, temperature)) == pytest.approx(naive_info_nce(q, k, temperature), rel=1e-4)
+    expected = naive_info_nce(q, k, temperature)
+    # A loss below the rounding of float32 numbers near 1 comes out as zero.
+    assert float(info_nce_outputs(q, k, temperature)) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_info_nce_is_least_at_the_identity() -> None:
