@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from layerwright.core.errors import InputError
+from layerwright.models.keypoint_transfer import pck
 from layerwright.studies.vision import (
     accuracy,
     calibration_error,
     few_shot,
     fit_,
-    keypoint_share,
     mean_iou,
     pointing_game,
     shifted,
@@ -83,11 +83,9 @@ def test_measures_on_small_examples() -> None:
     masks[0, 2, 3] = masks[1, 4, 4] = True
     assert pointing_game(maps, masks) == 0 and pointing_game(maps, masks, margin=1) == 0.5
     points = torch.tensor([[[0.0, 0.0], [3.0, 4.0]]])
-    assert keypoint_share(points, torch.zeros(1, 2, 2), torch.tensor([50.0]), 0.09) == 0.5
-    assert keypoint_share(points, torch.zeros(1, 2, 2), torch.tensor([50.0]), 0.1) == 1.0
-    assert (
-        keypoint_share(points, torch.zeros(1, 2, 2), torch.tensor([50.0]), 0.09, torch.tensor([[True, False]])) == 1.0
-    )
+    assert pck(points, torch.zeros(1, 2, 2), torch.tensor([50.0]), [0.09]) == 0.5
+    assert pck(points, torch.zeros(1, 2, 2), torch.tensor([50.0]), [0.1]) == 1.0
+    assert pck(points, torch.zeros(1, 2, 2), torch.tensor([50.0]), [0.09], torch.tensor([[True, False]])) == 1.0
     logits = torch.tensor([[10.0, -10.0], [10.0, -10.0]])
     assert calibration_error(logits, torch.tensor([0, 1])) == pytest.approx(0.5, abs=1e-3)
     rows = [{"arm": "a", "x": 1.0}, {"arm": "a", "x": 3.0}, {"arm": "b", "x": 0.0}]

@@ -30,17 +30,17 @@ Choose = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 class PictureViT(nn.Module):
-    """A ViT of transformers that takes pictures ``(batch, 3, 32, 32)`` and gives logits."""
+    """A ViT of transformers, a new one or `vit`, that takes pictures ``(batch, 3, 32, 32)`` and gives logits."""
 
-    def __init__(self, depth: int = DEPTH, dim: int = DIM) -> None:
+    def __init__(self, vit: nn.Module | None = None) -> None:
         super().__init__()
         import transformers
 
         config: Any = transformers.ViTConfig(
-            image_size=SIZE, patch_size=PATCH, hidden_size=dim, num_hidden_layers=depth, num_attention_heads=4,
-            intermediate_size=4 * dim, num_labels=len(CLASSES),
+            image_size=SIZE, patch_size=PATCH, hidden_size=DIM, num_hidden_layers=DEPTH, num_attention_heads=4,
+            intermediate_size=4 * DIM, num_labels=len(CLASSES),
         )  # fmt: skip
-        self.vit: Any = transformers.ViTForImageClassification(config)
+        self.vit: Any = transformers.ViTForImageClassification(config) if vit is None else vit
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(batch, classes)``."""
@@ -68,12 +68,10 @@ def _highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def rank_correlation(x: Tensor, y: Tensor) -> float:
     """Spearman's correlation; equal values share their mean rank."""
+    from scipy.stats import spearmanr
 
-    def ranks(values: Tensor) -> Tensor:
-        _, place, count = values.unique(return_inverse=True, return_counts=True)
-        return (count.cumsum(0).double() - (count - 1).double() / 2)[place]
-
-    return float(torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1])
+    found: Any = spearmanr(x.numpy(), y.numpy())
+    return float(found.statistic)
 
 
 def _scenes(count: int, seed: int) -> tuple[Tensor, Scenes]:
@@ -101,10 +99,7 @@ def _measure(model: nn.Module, sampled: Any, images: Tensor, labels: Tensor) -> 
 
 def _treated(model: PictureViT, cap: int, **sampling: Any) -> PictureViT:
     """A model around the sampled transformer; weights are shared."""
-    sampled = PictureViT.__new__(PictureViT)
-    nn.Module.__init__(sampled)
-    sampled.vit = apply_ats(model.vit, range(FIRST, DEPTH), cap, **sampling)
-    return sampled.eval()
+    return PictureViT(apply_ats(model.vit, range(FIRST, DEPTH), cap, **sampling)).eval()
 
 
 def _rows_of(model: PictureViT, images: Tensor, scenes: Scenes, seed: int) -> list[dict[str, Any]]:

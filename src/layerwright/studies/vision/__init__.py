@@ -3,7 +3,7 @@
 - `split_digits`: scikit-learn's digits in stratified parts, enlarged and standardised; `few_shot`: some of each class.
 - `fit_`: AdamW or SGD on pictures in memory, with cosine decay to zero.
 - `accuracy`, `predict`: of a classifier, in batches.
-- `mean_iou`, `pointing_game`, `keypoint_share`, `calibration_error`: other measures.
+- `mean_iou`, `pointing_game`, `calibration_error`: other measures.
 - `mean_of`, `worst_of`: over the seeds of an arm of a table.
 - `shifted`: pictures moved by a pixel at random, to train on.
 """
@@ -15,7 +15,6 @@ from layerwright.studies.vision.fitting import fit_
 from layerwright.studies.vision.measures import (
     accuracy,
     calibration_error,
-    keypoint_share,
     mean_iou,
     pointing_game,
     predict,
@@ -28,7 +27,6 @@ __all__ = [
     "calibration_error",
     "few_shot",
     "fit_",
-    "keypoint_share",
     "mean_iou",
     "mean_of",
     "pointing_game",

@@ -1,4 +1,4 @@
-"""Measures of classifiers, masks, maps of importance and transferred points."""
+"""Measures of classifiers, masks and maps of importance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from layerwright.core.calibration import evaluating
 __all__ = [
     "accuracy",
     "calibration_error",
-    "keypoint_share",
     "mean_iou",
     "pointing_game",
     "predict",
@@ -51,14 +50,6 @@ def pointing_game(maps: Tensor, masks: Tensor, margin: int = 0) -> float:
     """
     wide = functional.max_pool2d(masks[:, None].float(), 2 * margin + 1, stride=1, padding=margin)[:, 0]
     return float(wide.flatten(1).gather(1, maps.flatten(1).argmax(1, keepdim=True)).mean())
-
-
-def keypoint_share(
-    predicted: Tensor, true: Tensor, lengths: Tensor, alpha: float, valid: Tensor | None = None
-) -> float:
-    """PCK: share of points ``(samples, points, 2)`` that are off by at most `alpha` times the `lengths` ``(samples,)``."""
-    near = (predicted - true).norm(dim=-1) <= alpha * lengths[:, None]
-    return float(near[valid].float().mean() if valid is not None else near.float().mean())
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
